@@ -1,0 +1,266 @@
+"""How an operand's width, position and update interval are chosen.
+
+Adaptive precision training (Zhang et al., arXiv 1911.00361) as Cambricon's CNNL user guide and catch describe it: on
+update steps QEM measures the quantization error, and QPA widens the operand until the error is under a threshold,
+then sets the number of steps for which width and position are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .config import Product, QuantizeConfig
+from .fixed_point import BITS, FixedPoint, absmax, check_bits, choose_position, dequantize
+
+logger = logging.getLogger("cnmix")
+
+# Where the moving average of the position starts. Far from every real position, it keeps the interval at one step
+# until the average has forgotten it (some 170 steps); the public implementations of the algorithm agree on it.
+_INITIAL_MOVING_POSITION = 100.0
+
+
+@dataclass
+class OperandState:
+    """What one quantizer knows; plain numbers, so that it can be saved as it is.
+
+    Attributes:
+        bits: present width.
+        position: present position; None before the first update.
+        moving_position: moving average of the position.
+        step: training steps seen.
+        next_update: first step that measures again.
+        interval: steps between the last update and ``next_update``.
+        error: quantization error at the last update (QEM).
+        updates: updates so far.
+        last_update: step of the last update.
+        exceeds_max_bitwidth: whether the error was over the threshold at the largest width allowed.
+    """
+
+    bits: int
+    position: int | None = None
+    moving_position: float = _INITIAL_MOVING_POSITION
+    step: int = 0
+    next_update: int = 0
+    interval: int = 1
+    error: float = 0.0
+    updates: int = 0
+    last_update: int = 0
+    exceeds_max_bitwidth: bool = False
+
+
+class OperandQuantizer:
+    """Quantizes one operand of one module: chooses its format on update steps, and reuses it in between.
+
+    Args:
+        config: the settings; may be replaced by assignment between steps.
+        product: "convolution" or "matmul", which decides the default threshold.
+        name: how messages call the operand, for example ``"grad_output of 'encoder.fc1'"``.
+        seed: key of the random numbers for stochastic rounding.
+    """
+
+    def __init__(self, config: QuantizeConfig, product: Product, name: str, seed: int = 0) -> None:
+        self.config = config
+        self.product: Product = product
+        self.name = name
+        self.seed = seed
+        self.state = OperandState(bits=config.bitwidth)
+        self._saw_nonfinite = False
+
+    def __call__(self, x: Tensor, training: bool) -> FixedPoint:
+        """Quantizes ``x`` (float, any shape); ``training`` counts a step and allows an update.
+
+        Outside training nothing is changed: the stored format serves, or before the first update one that fits ``x``.
+        """
+        largest = absmax(x)
+        finite = math.isfinite(largest)
+        if not finite:
+            self._report_nonfinite()
+        elif training:
+            self._saw_nonfinite = False
+        state = self.state
+        if not training:
+            if not finite:
+                return self._nothing(x)
+            position = state.position
+            if position is None:
+                position = choose_position(largest, state.bits)
+            return self._quantize(x, state.bits, position)
+        due = state.step >= state.next_update
+        state.step += 1
+        if not finite:
+            return self._nothing(x)
+        # An all-zero tensor says nothing of the range: look again at the next step.
+        if due and (largest > 0 or state.position is None):
+            updated = self._update(x, largest)
+            if updated is not None:
+                return updated
+        return self._quantize(x, state.bits, state.position or 0)
+
+    def skip(self) -> None:
+        """Counts a training step in which the operand was the same tensor as in the one before."""
+        self.state.step += 1
+
+    def format_for(self, x: Tensor) -> tuple[int, int]:
+        """Returns the width and position that ``x`` would be quantized with outside training."""
+        if self.state.position is not None:
+            return self.state.bits, self.state.position
+        return self.state.bits, choose_position(absmax(x), self.state.bits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain numbers."""
+        return dataclasses.asdict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if a number is missing, unknown or no valid width.
+        """
+        self.state = parse_operand_state(state, self.name)
+
+    def _update(self, x: Tensor, largest: float) -> FixedPoint | None:
+        """Measures, adjusts the format and schedules the next update; returns the quantized tensor where it has one."""
+        config, state = self.config, self.state
+        step = state.step - 1
+        if largest == 0:  # the first tensor of all is zero: position 0 by the format's rule, and nothing to measure
+            state.position = 0
+            return None
+        # Between updates the position stood still and its average went on towards it.
+        idle = step - state.last_update - 1
+        if state.position is not None and idle > 0:
+            kept = (1 - config.alpha) ** idle
+            state.moving_position = kept * state.moving_position + (1 - kept) * state.position
+
+        threshold = config.threshold_for(self.product)
+        mean_magnitude = _sum_of_magnitudes(x) / x.numel()
+        while True:
+            position = choose_position(largest, state.bits)
+            quantized = FixedPoint(kernels.quantize(x, state.bits, position), state.bits, position)
+            error = quantization_error(x, quantized, config.error_measure, mean_magnitude)
+            wider = [bits for bits in BITS if state.bits < bits <= config.max_bitwidth]
+            if error <= threshold or not wider or config.mode == "fixed_width":
+                break
+            state.moving_position -= wider[0] - state.bits
+            state.bits = wider[0]
+        state.exceeds_max_bitwidth = error > threshold
+        state.error = error
+        state.position = position
+        state.interval = self._next_interval(step, position, error)
+        state.moving_position = config.alpha * position + (1 - config.alpha) * state.moving_position
+        state.next_update = step + state.interval
+        state.last_update = step
+        state.updates += 1
+        return quantized if config.rounding == "nearest_even" else None
+
+    def _next_interval(self, step: int, position: int, error: float) -> int:
+        config = self.config
+        if config.online:
+            return 1
+        if config.mode == "fixed_interval":
+            return config.interval
+        epoch = config.steps_per_epoch
+        if step < config.quantify_rate * epoch:
+            return 1
+        if step >= epoch:
+            return epoch - step % epoch  # the next epoch's first step
+        interval = update_interval(position, self.state.moving_position, error, config)
+        return min(interval, epoch - step)
+
+    def _quantize(self, x: Tensor, bits: int, position: int) -> FixedPoint:
+        values = kernels.quantize(
+            x, bits, position, self.config.rounding, seed=self.seed, stream=self.state.step
+        )
+        return FixedPoint(values, bits, position)
+
+    def _nothing(self, x: Tensor) -> FixedPoint:
+        bits, position = self.state.bits, self.state.position or 0
+        return FixedPoint(kernels.quantize(torch.zeros_like(x), bits, position), bits, position, finite=False)
+
+    def _report_nonfinite(self) -> None:
+        if not self._saw_nonfinite:
+            logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
+        self._saw_nonfinite = True
+
+
+def quantization_error(
+    x: Tensor, quantized: FixedPoint, measure: str = "mean", mean_magnitude: float | None = None
+) -> float:
+    """Measures the quantization error (QEM).
+
+    ``log2(|mean|x| - mean|x_q|| / mean|x| + 1)`` for "mean", with ``mean|x - x_q|`` in the numerator for "l1"
+    (the forms of two public implementations of arXiv 1911.00361). 0 for an all-zero tensor.
+
+    Args:
+        x: float tensor, finite.
+        quantized: the same tensor, quantized to nearest (under stochastic rounding the first form changes its meaning).
+        measure: "mean" or "l1".
+        mean_magnitude: ``mean|x|`` where it is known already.
+    """
+    if x.numel() == 0:
+        return 0.0
+    mean = _sum_of_magnitudes(x) / x.numel() if mean_magnitude is None else mean_magnitude
+    if mean == 0:
+        return 0.0
+    if measure == "l1":
+        difference = _sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized)) / x.numel()
+    else:
+        values = quantized.values
+        # |-128| is no int8: widen first. The integer sum is exact, in any order.
+        magnitudes = values.to(torch.int64).abs_() if quantized.bits == 31 else values.to(torch.int32).abs_()
+        mean_quantized = math.ldexp(magnitudes.sum(dtype=torch.int64).item() / x.numel(), quantized.position)
+        difference = abs(mean - mean_quantized)
+    return math.log2(difference / mean + 1)
+
+
+def update_interval(position: int, moving_position: float, error: float, config: QuantizeConfig) -> int:
+    """Returns the steps until the next update (QPA): ``clamp(beta / max(I1, I2) - gamma, 1, steps_per_epoch)``.
+
+    ``I1 = alpha * |position - moving_position|`` is how far the range moves, ``I2 = delta * error**2`` how coarse the
+    format is; ``moving_position`` is the average before this step's position entered it.
+    """
+    demand = max(config.alpha * abs(position - moving_position), config.delta * error**2)
+    if demand == 0:
+        return config.steps_per_epoch
+    steps = config.beta / demand - config.gamma
+    return int(min(max(round(min(steps, config.steps_per_epoch)), 1), config.steps_per_epoch))
+
+
+def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
+    """Builds an operand's state from plain numbers.
+
+    Raises:
+        ValueError: if a number is missing, unknown or no valid width; the message has ``name``.
+    """
+    fields = {field.name for field in dataclasses.fields(OperandState)}
+    if not isinstance(state, Mapping) or set(state) != fields:
+        given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"the saved state of {name} must have exactly {sorted(fields)}, got {given}")
+    check_bits(state["bits"], f"the saved width of {name}")
+    for field, value in state.items():
+        if not (isinstance(value, (int, float)) or (field == "position" and value is None)):
+            raise ValueError(f"the saved {field} of {name} must be a number, got {value!r}")
+    return OperandState(**state)
+
+
+def _sum_of_magnitudes(x: Tensor) -> float:
+    """Sums |x| in float64, in an order that does not depend on the number of threads.
+
+    Rows of fixed length are summed each by one thread, then the row sums, which are too few to be split.
+    """
+    flat = x.detach().reshape(-1)
+    total, row = 0.0, 4096
+    for start in range(0, flat.numel(), row * 256):
+        piece = flat[start : start + row * 256].abs()
+        whole = piece.numel() // row * row
+        total += piece[:whole].view(-1, row).sum(1, dtype=torch.float64).sum().item()
+        total += piece[whole:].sum(dtype=torch.float64).item()
+    return total

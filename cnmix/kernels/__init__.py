@@ -1,0 +1,35 @@
+"""The emulated MLU core: quantize, matmul and convolution on integers.
+
+``reference`` defines the results; ``cpu`` computes the same bits on torch's CPU kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+from .cpu import convolution, convolution_grad_input, convolution_grad_weight, matmul, quantize
+from .int8_product import serving_variant
+
+__all__ = [
+    "convolution",
+    "convolution_grad_input",
+    "convolution_grad_weight",
+    "describe",
+    "matmul",
+    "quantize",
+    "reference",
+]
+
+
+def describe() -> dict[str, str]:
+    """Says which kernel serves each width, and why; runs the self-test if it has not run."""
+    variant = serving_variant()
+    return {
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "quantize": "torch, in blocks",
+        "int8 product": f"{variant.name}: {variant.reason}",
+        "int16 product": "float64, exact: K is cut where a sum could reach 2**53",
+        "int31 product": "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
+        "convolution": "windows gathered into a matrix, then the product of its widths",
+    }
