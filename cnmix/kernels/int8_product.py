@@ -76,6 +76,9 @@ def _float64_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _split_product(a: Tensor, b: Tensor) -> Tensor:
     """Keeps a saturating 16-bit pair sum in range: 2 * 255 * 64 = 32640 < 2**15."""
+    if b.shape[1] == 1:  # a matrix times a vector: oneDNN exchanges the operands' roles
+        half = a >> 1
+        return torch._int_mm(half, b).add_(torch._int_mm(a - half, b))
     half = b >> 1
     return torch._int_mm(a, half).add_(torch._int_mm(a, b - half))
 
@@ -108,9 +111,7 @@ def _canonical(matrix: Tensor) -> Tensor:
     """Returns the matrix with the strides of a fresh row-major or transposed tensor, copied only where it must be."""
     rows, columns = matrix.shape
     row_stride, column_stride = matrix.stride()
-    if column_stride == 1 and row_stride == columns and rows > 1:
-        return matrix
-    if row_stride == 1 and column_stride == rows and columns > 1:
+    if rows > 1 and columns > 1 and (row_stride, column_stride) in ((columns, 1), (1, rows)):
         return matrix
     if rows == 1 and (column_stride == 1 or columns == 1):
         return matrix.as_strided((rows, columns), (columns, 1))
