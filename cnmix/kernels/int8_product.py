@@ -3,7 +3,7 @@
 ``torch._int_mm`` (oneDNN) is fast and has four silent faults, each guarded against here:
 
 1. On processors without VNNI it saturates 16-bit partial sums and returns wrong integers. A self-test at first use
-   compares it with float64; where it fails, one operand is split into two halves in [-64, 64], whose pair sums cannot
+   compares it with float64; where it fails, both operands are split into halves in [-64, 64], whose pair sums cannot
    saturate, and if that fails too float64 serves.
 2. Matrices with a dimension of size 1 and degenerate strides give garbage. Operands get canonical strides first.
 3. int32 sums wrap around from K = 131072 on. Longer products are cut along K and added in int64.
@@ -64,7 +64,7 @@ def _choose_variant(onednn: bool) -> Variant:
     if _is_exact(torch._int_mm):
         return Variant("int_mm", torch._int_mm, "torch._int_mm passed the self-test")
     if _is_exact(_split_product):
-        reason = "torch._int_mm returned wrong sums (no VNNI); with one operand split in halves it passed the self-test"
+        reason = "torch._int_mm returned wrong sums (no VNNI); with the operands split in halves it passed the self-test"
         return Variant("int_mm_split", _split_product, reason)
     return Variant("float64", _float64_product, "torch._int_mm returned wrong sums in the self-test")
 
@@ -75,12 +75,17 @@ def _float64_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _split_product(a: Tensor, b: Tensor) -> Tensor:
-    """Keeps a saturating 16-bit pair sum in range: 2 * 255 * 64 = 32640 < 2**15."""
-    if b.shape[1] == 1:  # a matrix times a vector: oneDNN exchanges the operands' roles
-        half = a >> 1
-        return torch._int_mm(half, b).add_(torch._int_mm(a - half, b))
-    half = b >> 1
-    return torch._int_mm(a, half).add_(torch._int_mm(a, b - half))
+    """Keeps saturating 16-bit pair sums in range by splitting both operands into halves in [-64, 64].
+
+    Without VNNI oneDNN shifts one operand, which one depends on shape and processor, by 128 to make it unsigned: a pair
+    sum is then at most 2 * (128 + 64) * 64 = 24576 < 2**15.
+    """
+    a_half, b_half = a >> 1, b >> 1
+    a_rest, b_rest = a - a_half, b - b_half
+    total = torch._int_mm(a_half, b_half)
+    for left, right in ((a_half, b_rest), (a_rest, b_half), (a_rest, b_rest)):
+        total += torch._int_mm(left, right)
+    return total
 
 
 def _is_exact(product: Product) -> bool:
