@@ -1,0 +1,24 @@
+"""Train PyTorch models in adaptive fixed point on an emulated Cambricon MLU core.
+
+``model, optimizer = cnmix.initialize(model, optimizer, opt_level="O1")``
+"""
+
+from . import core
+from .amp import initialize, load_state_dict, scale_loss, state_dict
+from .config import QuantizeConfig
+from .core import cnmix_set_amp_quantify_params, cnmix_set_amp_use_online
+from .kernels import show_config
+from .version import __version__
+
+__all__ = [
+    "QuantizeConfig",
+    "__version__",
+    "cnmix_set_amp_quantify_params",
+    "cnmix_set_amp_use_online",
+    "core",
+    "initialize",
+    "load_state_dict",
+    "scale_loss",
+    "show_config",
+    "state_dict",
+]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import Product, QuantizeConfig
-from .fixed_point import BITS, FixedPoint, absmax, check_bits, choose_position, dequantize
+from .fixed_point import BITS, FixedPoint, Rounding, absmax, check_bits, choose_position, dequantize
 
 logger = logging.getLogger("cnmix")
 
@@ -80,40 +80,39 @@ class OperandQuantizer:
 
         Outside training nothing is changed: the stored format serves, or before the first update one that fits ``x``.
         """
-        largest = absmax(x)
-        finite = math.isfinite(largest)
-        if not finite:
-            self._report_nonfinite()
-        elif training:
-            self._saw_nonfinite = False
         state = self.state
-        if not training:
-            if not finite:
-                return self._nothing(x)
-            position = state.position
-            if position is None:
-                position = choose_position(largest, state.bits)
-            return self._quantize(x, state.bits, position)
-        due = state.step >= state.next_update
-        state.step += 1
-        if not finite:
+        largest = absmax(x)
+        if not math.isfinite(largest):
+            self._report_nonfinite()
+            state.step += training
             return self._nothing(x)
-        # An all-zero tensor says nothing of the range: look again at the next step.
-        if due and (largest > 0 or state.position is None):
-            updated = self._update(x, largest)
-            if updated is not None:
-                return updated
-        return self._quantize(x, state.bits, state.position or 0)
+        if not training:
+            position = choose_position(largest, state.bits) if state.position is None else state.position
+            return self._quantize(x, position, self.rounding(training=False))
+        self._saw_nonfinite = False
+        due = self.due
+        state.step += 1
+        if due and largest > 0:  # an all-zero tensor says nothing of the range: look again at the next step
+            return self._update(x, largest)
+        return self._quantize(x, state.position or 0, self.rounding(training=True))
 
-    def skip(self) -> None:
-        """Counts a training step in which the operand was the same tensor as in the one before."""
-        self.state.step += 1
+    @property
+    def due(self) -> bool:
+        """Whether the next training step measures."""
+        return self.state.step >= self.state.next_update
 
-    def format_for(self, x: Tensor) -> tuple[int, int]:
-        """Returns the width and position that ``x`` would be quantized with outside training."""
-        if self.state.position is not None:
-            return self.state.bits, self.state.position
-        return self.state.bits, choose_position(absmax(x), self.state.bits)
+    def rounding(self, training: bool) -> Rounding:
+        """Returns the rounding of data: as configured, but never random outside training."""
+        rounding = self.config.rounding
+        return rounding if training or rounding != "stochastic" else "nearest_even"
+
+    def repeat(self) -> None:
+        """Counts a training step on the very tensor that the last step measured, without measuring it again."""
+        state = self.state
+        due = self.due
+        state.step += 1
+        if due and state.position is not None:
+            self._schedule(state.position, state.error)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers."""
@@ -127,39 +126,43 @@ class OperandQuantizer:
         """
         self.state = parse_operand_state(state, self.name)
 
-    def _update(self, x: Tensor, largest: float) -> FixedPoint | None:
-        """Measures, adjusts the format and schedules the next update; returns the quantized tensor where it has one."""
+    def _update(self, x: Tensor, largest: float) -> FixedPoint:
+        """Measures, adjusts the format, schedules the next update, and quantizes."""
+        config, state = self.config, self.state
+        threshold = config.threshold_for(self.product)
+        mean_magnitude = _sum_of_magnitudes(x) / x.numel()
+        bits = state.bits
+        while True:
+            position = choose_position(largest, bits)
+            quantized = FixedPoint(kernels.quantize(x, bits, position), bits, position)
+            error = quantization_error(x, quantized, config.error_measure, mean_magnitude)
+            wider = [width for width in BITS if bits < width <= config.max_bitwidth]
+            if error <= threshold or not wider or config.mode == "fixed_width":
+                break
+            bits = wider[0]
+        self._schedule(position, error, widened=bits - state.bits)
+        state.bits = bits
+        state.exceeds_max_bitwidth = error > threshold
+        rounding = self.rounding(training=True)
+        return quantized if rounding == "nearest_even" else self._quantize(x, position, rounding)
+
+    def _schedule(self, position: int, error: float, widened: int = 0) -> None:
+        """Takes this step's position and error into the state and sets the next update."""
         config, state = self.config, self.state
         step = state.step - 1
-        if largest == 0:  # the first tensor of all is zero: position 0 by the format's rule, and nothing to measure
-            state.position = 0
-            return None
-        # Between updates the position stood still and its average went on towards it.
+        # Between updates the position stood still, and its average went on towards it.
         idle = step - state.last_update - 1
         if state.position is not None and idle > 0:
             kept = (1 - config.alpha) ** idle
             state.moving_position = kept * state.moving_position + (1 - kept) * state.position
-
-        threshold = config.threshold_for(self.product)
-        mean_magnitude = _sum_of_magnitudes(x) / x.numel()
-        while True:
-            position = choose_position(largest, state.bits)
-            quantized = FixedPoint(kernels.quantize(x, state.bits, position), state.bits, position)
-            error = quantization_error(x, quantized, config.error_measure, mean_magnitude)
-            wider = [bits for bits in BITS if state.bits < bits <= config.max_bitwidth]
-            if error <= threshold or not wider or config.mode == "fixed_width":
-                break
-            state.moving_position -= wider[0] - state.bits
-            state.bits = wider[0]
-        state.exceeds_max_bitwidth = error > threshold
-        state.error = error
-        state.position = position
+        # A wider format puts its step at a lower position.
+        state.moving_position -= widened
         state.interval = self._next_interval(step, position, error)
         state.moving_position = config.alpha * position + (1 - config.alpha) * state.moving_position
+        state.position, state.error = position, error
         state.next_update = step + state.interval
         state.last_update = step
         state.updates += 1
-        return quantized if config.rounding == "nearest_even" else None
 
     def _next_interval(self, step: int, position: int, error: float) -> int:
         config = self.config
@@ -175,10 +178,9 @@ class OperandQuantizer:
         interval = update_interval(position, self.state.moving_position, error, config)
         return min(interval, epoch - step)
 
-    def _quantize(self, x: Tensor, bits: int, position: int) -> FixedPoint:
-        values = kernels.quantize(
-            x, bits, position, self.config.rounding, seed=self.seed, stream=self.state.step
-        )
+    def _quantize(self, x: Tensor, position: int, rounding: Rounding) -> FixedPoint:
+        bits = self.state.bits
+        values = kernels.quantize(x, bits, position, rounding, seed=self.seed, stream=self.state.step)
         return FixedPoint(values, bits, position)
 
     def _nothing(self, x: Tensor) -> FixedPoint:

@@ -19,6 +19,7 @@ __all__ = [
     "matmul",
     "quantize",
     "reference",
+    "show_config",
 ]
 
 
@@ -33,3 +34,11 @@ def describe() -> dict[str, str]:
         "int31 product": "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
         "convolution": "windows gathered into a matrix, then the product of its widths",
     }
+
+
+def show_config() -> None:
+    """Prints which kernel serves each width, and why."""
+    entries = describe()
+    width = max(map(len, entries))
+    for name, text in entries.items():
+        print(f"{name:<{width}}  {text}")

@@ -1,0 +1,106 @@
+"""Converts a model's Linear and convolution modules in place."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ..config import QuantizeConfig
+from .modules import QUANTIZED_CLASSES, QuantizedModule
+from .quantizers import ModuleQuantizers
+
+
+def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = ()) -> list[str]:
+    """Makes every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the model compute in fixed point, in place.
+
+    Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
+    are left as they are. Everything is checked before anything is changed.
+
+    Args:
+        model: the model; may itself be one of those modules.
+        config: settings of every operand.
+        exclude: fully qualified names to leave in float; a name covers all below it, and may have wildcards.
+
+    Returns:
+        The names of the modules converted by this call.
+
+    Raises:
+        ValueError: if a name in ``exclude`` matches nothing, a weight is not float32 or not yet initialized, or is shared
+            with a module that stays float.
+    """
+    chosen = _choose(model, exclude)
+    _check_weights(chosen)
+    _check_shared_weights(model, {id(module) for module in chosen.values()})
+    for fqn, module in chosen.items():
+        converted = QUANTIZED_CLASSES[type(module)]
+        # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
+        module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn)
+        module.__class__ = converted  # type: ignore[assignment]
+    return list(chosen)
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:
+    """Yields the converted modules of the model with their fully qualified names."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            yield fqn, module
+
+
+def _choose(model: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Module]:
+    names = [fqn for fqn, _ in model.named_modules()]
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a list of module names, got the string {exclude!r}: write [{exclude!r}]")
+    for pattern in exclude:
+        if not any(_matches(fqn, pattern) for fqn in names):
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see the names in model.named_modules()"
+            raise ValueError(f"exclude: no module is called {pattern!r}: {hint}")
+    return {
+        fqn: module
+        for fqn, module in model.named_modules()
+        if (type(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin))
+        and not any(_matches(fqn, pattern) for pattern in exclude)
+    }
+
+
+def _matches(fqn: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
+
+
+def _check_weights(chosen: dict[str, nn.Module]) -> None:
+    for fqn, module in chosen.items():
+        if isinstance(module, LazyModuleMixin):
+            raise ValueError(f"{fqn!r} is a {type(module).__name__} without weights yet: run one forward pass first")
+        weight = module.weight
+        if not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
+            raise ValueError(
+                f"the weight of {fqn!r} has dtype {getattr(weight, 'dtype', None)}, and this level trains float32 "
+                "parameters: call model.float() first, or leave the module out with exclude=[...]"
+            )
+
+
+def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:
+    """Refuses a weight that a converted and a float module share: the two would compute with different values."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for fqn, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((fqn, module))
+    for sharing in owners.values():
+        fixed = [fqn for fqn, module in sharing if id(module) in converted or isinstance(module, QuantizedModule)]
+        floating = [
+            (fqn, type(module).__name__)
+            for fqn, module in sharing
+            if id(module) not in converted and not isinstance(module, QuantizedModule)
+        ]
+        if fixed and floating:
+            fqn, kind = floating[0]
+            raise ValueError(
+                f"{fixed[0]!r} shares its weight with {fqn!r} ({kind}), which stays float: leave it out with "
+                f"exclude=[{fixed[0]!r}], or untie the weights"
+            )

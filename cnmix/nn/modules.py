@@ -1,0 +1,103 @@
+"""Linear and convolutions on the emulated core.
+
+Conversion assigns one of these classes to an existing module. The module, its parameters, hooks and state_dict keys
+stay; the quantizers are an ordinary attribute, neither parameter nor buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Product
+from .functional import ConvolutionGeometry, convolution, linear
+from .quantizers import ModuleQuantizers
+
+
+class QuantizedModule(nn.Module):
+    """A module whose product runs in fixed point."""
+
+    product: Product
+    weight: Tensor
+    quantizers: ModuleQuantizers
+
+    def extra_repr(self) -> str:
+        """Adds the width of each operand to the module's own description."""
+        widths = ", ".join(f"{name}=int{quantizer.state.bits}" for name, quantizer in self.quantizers)
+        return f"{super().extra_repr()}, {widths}"
+
+    def _check_input(self, x: Tensor) -> None:
+        fqn = self.quantizers.fqn
+        if not x.is_floating_point():
+            raise TypeError(f"{fqn!r} takes a float tensor, got {x.dtype}")
+        if x.device.type != "cpu":
+            raise RuntimeError(f"{fqn!r} got a tensor on {x.device}: this version of cnmix computes on the CPU")
+
+    def _moves_statistics(self) -> bool:
+        if self.training and self.quantizers.frozen:
+            raise RuntimeError(f"{self.quantizers.fqn!r} is frozen for integer inference: call model.eval() first")
+        return self.training and torch.is_grad_enabled()
+
+
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """``nn.Linear`` in fixed point."""
+
+    product: Product = "matmul"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        self._check_input(input)
+        if input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self.quantizers.fqn!r} takes {self.in_features} features in the last dimension, got a tensor of shape "
+                f"{tuple(input.shape)}"
+            )
+        return linear(input, self.weight, self.bias, self.quantizers, self._moves_statistics())
+
+
+class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
+    product: Product = "convolution"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (N, C, *spatial) or (C, *spatial) to (N, O, *output) or (O, *output)."""
+        self._check_input(input)
+        spatial = len(self.kernel_size)
+        channels = input.shape[-spatial - 1] if input.dim() in (spatial + 1, spatial + 2) else None
+        if channels != self.in_channels:
+            raise ValueError(
+                f"{self.quantizers.fqn!r} takes (batch, {self.in_channels} channels, {spatial} spatial dimensions), with or "
+                f"without the batch, got a tensor of shape {tuple(input.shape)}"
+            )
+        batched = input if input.dim() == spatial + 2 else input.unsqueeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            batched = F.pad(batched, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * spatial
+        elif isinstance(padding, str):  # "same" may need one more on the far side; "valid" is none
+            batched = F.pad(batched, self._reversed_padding_repeated_twice)
+            padding = (0,) * spatial
+        geometry = ConvolutionGeometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        training = self._moves_statistics()
+        y = convolution(batched, self.weight, self.bias, geometry, self.quantizers, training)
+        return y if batched.dim() == input.dim() else y.squeeze(0)
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """``nn.Conv1d`` in fixed point."""
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """``nn.Conv2d`` in fixed point."""
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """``nn.Conv3d`` in fixed point."""
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedModule]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+}
