@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
-from .config import Product, QuantizeConfig, check_names
+from .config import Product, QuantizeConfig
 from .nn import quantized_modules
 from .nn.quantizers import check_module_state
 from .optim import LossScaler, attach_scaler, gradients_of, scaler_of
@@ -102,33 +100,40 @@ def initialize(
             raise TypeError(f"initialize takes a torch.nn.Module, or a list of them, got {type(model).__name__}")
     for optimizer in optimizer_list:
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
-            raise TypeError(f"initialize takes a torch optimizer, a list of them or None, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"initialize takes a torch optimizer, a list of them or None, got {type(optimizer).__name__}"
+            )
     given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch, **settings}
     config = level.defaults.replace(**{name: value for name, value in given.items() if value is not None})
     scale = level.loss_scale if loss_scale is None else loss_scale
-    LossScaler(scale)  # refuses a bad scale before anything is changed
     setup = _Setup(level, config, tuple(exclude))
-    for model in model_list:
-        _check_same_setup(model, setup)
-
-    explicit = {name for name, value in given.items() if value is not None}
-    for model in model_list:
-        if model in registry.models:
-            continue
-        converted = level.apply(model, config, exclude)
-        if level.quantizes and not converted:
+    new_models = [model for model in model_list if not _is_initialized(model, setup)]
+    for place, model in enumerate(new_models, start=len(registry.models)):
+        names = level.check(model, exclude)
+        if level.quantizes and not names and not any(quantized_modules(model)):
             logger.warning("no Linear or convolution to convert in %s", type(model).__name__)
+        if place in registry.waiting_models:
+            present = {*names, *(fqn for fqn, _ in quantized_modules(model))}
+            _check_names(type(model).__name__, present, registry.waiting_models[place])
+    new_optimizers = [optimizer for optimizer in optimizer_list if scaler_of(optimizer) is None]
+    scalers = [LossScaler(scale) for _ in new_optimizers]
+    for place, scaler in enumerate(scalers, start=len(registry.optimizers)):
+        if place in registry.waiting_scalers:
+            scaler.load_state_dict(registry.waiting_scalers[place])
+
+    # Everything has been checked; from here on things change.
+    explicit = {name for name, value in given.items() if value is not None}
+    for model in new_models:
+        level.apply(model, config, exclude)
+        waiting = registry.waiting_models.pop(len(registry.models), None)
         registry.models[model] = setup
         _apply_settings(model, skip=explicit)
-        _place_waiting_model(model)
-    for optimizer in optimizer_list:
-        if scaler_of(optimizer) is None:
-            scaler = LossScaler(scale)
-            attach_scaler(optimizer, scaler)
-            registry.optimizers[optimizer] = scaler
-            waiting = registry.waiting_scalers.pop(len(registry.optimizers) - 1, None)
-            if waiting is not None:
-                scaler.load_state_dict(waiting)
+        if waiting is not None:
+            _load_model_state(model, waiting)
+    for optimizer, scaler in zip(new_optimizers, scalers, strict=True):
+        registry.waiting_scalers.pop(len(registry.optimizers), None)
+        registry.optimizers[optimizer] = scaler
+        attach_scaler(optimizer, scaler)
     return models, optimizers
 
 
@@ -183,9 +188,9 @@ def state_dict(model: nn.Module | None = None) -> dict[str, Any]:
             order of their initialization, and every loss scale.
 
     Returns:
-        ``{"version", "models": [{"opt_level", "config", "exclude", "modules": {fqn: {operand: {...}}}}], "loss_scalers"}``.
+        ``{"version", "models": [{"modules": {fqn: {"settings", "operands"}}}], "loss_scalers"}``.
     """
-    chosen = list(registry.models) if model is None else [_unwrap(model)]
+    chosen = list(registry.models) if model is None else [unwrap(model)]
     scalers = list(registry.optimizers.values()) if model is None else []
     return {
         "version": STATE_VERSION,
@@ -210,17 +215,17 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None) ->
     """
     check_state(state)
     if model is not None:
-        target = _unwrap(model)
+        target = unwrap(model)
         if len(state["models"]) != 1:
             raise ValueError(f"the state holds {len(state['models'])} models, and one model was given")
-        _check_model_state(target, state["models"][0])
+        _check_names(type(target).__name__, {fqn for fqn, _ in quantized_modules(target)}, state["models"][0])
         _load_model_state(target, state["models"][0])
         return
     present = list(registry.models)
     placed = list(zip(present, state["models"], strict=False))
     scalers = list(zip(registry.optimizers.values(), state["loss_scalers"], strict=False))
     for each, saved in placed:
-        _check_model_state(each, saved)
+        _check_names(type(each).__name__, {fqn for fqn, _ in quantized_modules(each)}, saved)
     for scaler, saved in scalers:
         scaler.load_state_dict(saved)
     for each, saved in placed:
@@ -233,17 +238,17 @@ def check_state(state: Any) -> None:
     """Raises TypeError or ValueError unless ``state`` has the form that ``state_dict`` returns."""
     if not isinstance(state, Mapping):
         raise TypeError(f"load_state_dict takes the dict that cnmix.state_dict() returned, got {type(state).__name__}")
-    if not {"version", "models", "loss_scalers"} <= set(state):
+    if set(state) != {"version", "models", "loss_scalers"}:
         raise ValueError(
-            f"this is no cnmix state: it has the keys {sorted(map(str, state))}, not version, models, loss_scalers"
+            f"this is no cnmix state: it has the keys {sorted(map(str, state))[:8]}, not version, models, loss_scalers"
         )
     if not isinstance(state["version"], int) or state["version"] > STATE_VERSION:
         raise ValueError(
             f"this state has version {state['version']!r}, and this version of cnmix reads up to {STATE_VERSION}: upgrade it"
         )
     for saved in state["models"]:
-        if not isinstance(saved, Mapping) or not {"opt_level", "config", "exclude", "modules"} <= set(saved):
-            raise ValueError("this is no cnmix state: a model in it lacks opt_level, config, exclude or modules")
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("modules"), Mapping):
+            raise ValueError("this is no cnmix state: a model in it has no modules")
         for fqn, module_state in saved["modules"].items():
             check_module_state(module_state, fqn)
 
@@ -270,7 +275,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside DDP, DataParallel or torch.compile, whose names the state uses."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -281,13 +286,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_same_setup(model: nn.Module, setup: _Setup) -> None:
+def _is_initialized(model: nn.Module, setup: _Setup) -> bool:
     before = registry.models.get(model)
     if before is not None and before != setup:
         raise ValueError(
             f"this {type(model).__name__} was initialized with opt_level {before.level.name!r} and other settings before: "
             "initialize a fresh model"
         )
+    return before is not None
 
 
 def _apply_settings(model: nn.Module, skip: set[str]) -> None:
@@ -297,35 +303,19 @@ def _apply_settings(model: nn.Module, skip: set[str]) -> None:
             module.quantizers.config = module.quantizers.config.replace(**changes)
 
 
-def _place_waiting_model(model: nn.Module) -> None:
-    saved = registry.waiting_models.pop(len(registry.models) - 1, None)
-    if saved is not None:
-        _check_model_state(model, saved)
-        _load_model_state(model, saved)
-
-
 def _model_state(model: nn.Module) -> dict[str, Any]:
-    setup = registry.models.get(model)
-    modules = dict(quantized_modules(model))
-    level = setup.level.name if setup else ("O1" if modules else "O0")
-    config = next((module.quantizers.config for module in modules.values()), setup.config if setup else QuantizeConfig())
-    return {
-        "opt_level": level,
-        "config": dataclasses.asdict(config),
-        "exclude": list(setup.exclude) if setup else [],
-        "modules": {fqn: module.quantizers.state_dict() for fqn, module in modules.items()},
-    }
+    return {"modules": {fqn: module.quantizers.state_dict() for fqn, module in quantized_modules(model)}}
 
 
-def _check_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    present, stored = {fqn for fqn, _ in quantized_modules(model)}, set(saved["modules"])
+def _check_names(model: str, present: set[str], saved: Mapping[str, Any]) -> None:
+    stored = set(saved["modules"])
     if present != stored:
         parts = []
         if stored - present:
             parts.append(f"the state has {_some(stored - present)}, which the model does not compute in fixed point")
         if present - stored:
             parts.append(f"the model has {_some(present - stored)}, which the state lacks")
-        raise ValueError(f"the cnmix state does not fit this {type(model).__name__}: {'; '.join(parts)}")
+        raise ValueError(f"the cnmix state does not fit this {model}: {'; '.join(parts)}")
 
 
 def _load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -50,9 +50,7 @@ def quantize(
         piece = flat[start : start + _QUANTIZE_BLOCK]
         target = flat_out[start : start + _QUANTIZE_BLOCK]
         if rounding != "nearest_even":
-            target.copy_(
-                reference.quantize(piece, bits, position, rounding, seed=seed, stream=stream, start=start)
-            )
+            target.copy_(reference.quantize(piece, bits, position, rounding, seed=seed, stream=stream, start=start))
             continue
         block = buffer[: piece.numel()]
         if abs(position) <= 126:
@@ -203,9 +201,7 @@ def _place(x: Tensor, before: Sequence[int], after: Sequence[int], step: Sequenc
     spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], step, strict=True)]
     size = [max(b, 0) + n + max(a, 0) for b, n, a in zip(before, spread, after, strict=True)]
     out = x.new_zeros((x.shape[0], *size, x.shape[1]))
-    index = tuple(
-        slice(max(b, 0), max(b, 0) + n, s) for b, n, s in zip(before, spread, step, strict=True)
-    )
+    index = tuple(slice(max(b, 0), max(b, 0) + n, s) for b, n, s in zip(before, spread, step, strict=True))
     out[(slice(None), *index)] = channels_last
     for dim, (b, a) in enumerate(zip(before, after, strict=True), start=1):
         out = out.narrow(dim, max(-b, 0), out.shape[dim] - max(-b, 0) - max(-a, 0))

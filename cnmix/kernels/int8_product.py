@@ -64,7 +64,9 @@ def _choose_variant(onednn: bool) -> Variant:
     if _is_exact(torch._int_mm):
         return Variant("int_mm", torch._int_mm, "torch._int_mm passed the self-test")
     if _is_exact(_split_product):
-        reason = "torch._int_mm returned wrong sums (no VNNI); with the operands split in halves it passed the self-test"
+        reason = (
+            "torch._int_mm returned wrong sums (no VNNI); with the operands split in halves it passed the self-test"
+        )
         return Variant("int_mm_split", _split_product, reason)
     return Variant("float64", _float64_product, "torch._int_mm returned wrong sums in the self-test")
 

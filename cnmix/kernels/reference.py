@@ -109,7 +109,12 @@ def matmul(a: FixedPoint, b: FixedPoint) -> Tensor:
 
 
 def convolution(
-    x: FixedPoint, weight: FixedPoint, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    x: FixedPoint,
+    weight: FixedPoint,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """Convolves (N, C, *spatial) with (O, C / groups, *kernel); one to three spatial dimensions.
 
@@ -179,7 +184,11 @@ def convolution_grad_weight(
 
 
 def output_size(
-    spatial: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    spatial: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> list[int]:
     """Returns a convolution's output size per spatial dimension.
 

@@ -1,6 +1,6 @@
 """Quantized modules, their autograd functions, and the in-place conversion."""
 
-from .convert import convert, quantized_modules
+from .convert import convert, convertible_modules, quantized_modules
 from .modules import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLinear, QuantizedModule
 from .quantizers import OPERANDS, ModuleQuantizers
 
@@ -13,5 +13,6 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedModule",
     "convert",
+    "convertible_modules",
     "quantized_modules",
 ]

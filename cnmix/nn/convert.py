@@ -30,18 +30,28 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
         The names of the modules converted by this call.
 
     Raises:
-        ValueError: if a name in ``exclude`` matches nothing, a weight is not float32 or not yet initialized, or is shared
-            with a module that stays float.
+        ValueError: as ``convertible_modules`` does.
     """
-    chosen = _choose(model, exclude)
-    _check_weights(chosen)
-    _check_shared_weights(model, {id(module) for module in chosen.values()})
+    chosen = convertible_modules(model, exclude)
     for fqn, module in chosen.items():
         converted = QUANTIZED_CLASSES[type(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn)
         module.__class__ = converted  # type: ignore[assignment]
     return list(chosen)
+
+
+def convertible_modules(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Returns the modules, by fully qualified name, that ``convert`` would change; changes nothing.
+
+    Raises:
+        ValueError: if a name in ``exclude`` matches nothing, a weight is not float32 or not yet initialized, or is shared
+            with a module that stays float.
+    """
+    chosen = _choose(model, exclude)
+    _check_weights(chosen)
+    _check_shared_weights(model, {id(module) for module in chosen.values()})
+    return chosen
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:

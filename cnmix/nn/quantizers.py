@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,7 +42,9 @@ class ModuleQuantizers:
         # The key of stochastic rounding: a seed of the run, and a number per operand that any process finds again.
         run = torch.initial_seed() & 0xFFFFFFFF
         self.input, self.weight, self.grad_output = (
-            OperandQuantizer(config, product, f"{operand} of {fqn!r}", run << 32 | zlib.crc32(f"{fqn}.{operand}".encode()))
+            OperandQuantizer(
+                config, product, f"{operand} of {fqn!r}", run << 32 | zlib.crc32(f"{fqn}.{operand}".encode())
+            )
             for operand in OPERANDS
         )
         self._weight_key: tuple[Any, ...] | None = None
@@ -101,34 +104,41 @@ class ModuleQuantizers:
             self._weight_measured = training and state.updates > 0 and state.last_update == state.step - 1
         return integers
 
-    def freeze(self, weight: Tensor) -> None:
-        """Fixes the weight's integers, quantized with the stored format, for inference.
-
-        Raises:
-            RuntimeError: if the input or the weight has no stored position: the module has not been trained.
-        """
+    def check_trained(self) -> None:
+        """Raises RuntimeError, naming the module, if its input or weight has no stored position."""
         missing = [name for name in ("input", "weight") if getattr(self, name).state.position is None]
         if missing:
             raise RuntimeError(
                 f"{self.fqn!r} has no stored position for {' and '.join(missing)}: integer inference needs the cnmix state "
                 "of a training run (cnmix.load_state_dict), and a module that took part in it"
             )
+
+    def freeze(self, weight: Tensor) -> None:
+        """Fixes the weight's integers, quantized with the stored format, for inference.
+
+        Raises:
+            RuntimeError: as ``check_trained`` does.
+        """
+        self.check_trained()
         self._weight_integers = self.weight(weight, training=False)
         self._frozen = True
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns the state of each operand, plain numbers."""
-        return {name: quantizer.state_dict() for name, quantizer in self}
+        """Returns ``{"settings", "operands"}``: the settings in force and the state of each operand, plain numbers."""
+        return {
+            "settings": dataclasses.asdict(self.config),
+            "operands": {name: quantizer.state_dict() for name, quantizer in self},
+        }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restores what ``state_dict`` returned.
+        """Restores the operands' states from what ``state_dict`` returned; the settings stay as they are.
 
         Raises:
             ValueError: if an operand or one of its numbers is missing or wrong; nothing is changed then.
         """
         check_module_state(state, self.fqn)
         for name, quantizer in self:
-            quantizer.load_state_dict(state[name])
+            quantizer.load_state_dict(state["operands"][name])
         self._weight_integers = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,12 +148,14 @@ class ModuleQuantizers:
         return state
 
 
-def check_module_state(state: Mapping[str, Mapping[str, Any]], fqn: str) -> None:
-    """Raises ValueError unless ``state`` is the saved state of a module's three operands."""
-    if not isinstance(state, Mapping) or set(state) != set(OPERANDS):
+def check_module_state(state: Any, fqn: str) -> None:
+    """Raises ValueError unless ``state`` is what ``ModuleQuantizers.state_dict`` returns."""
+    if not isinstance(state, Mapping) or set(state) != {"settings", "operands"}:
+        raise ValueError(f"the saved state of {fqn!r} must have settings and operands")
+    if not isinstance(state["operands"], Mapping) or set(state["operands"]) != set(OPERANDS):
         raise ValueError(f"the saved state of {fqn!r} must have the operands {', '.join(OPERANDS)}")
     for name in OPERANDS:
-        parse_operand_state(state[name], f"{name} of {fqn!r}")
+        parse_operand_state(state["operands"][name], f"{name} of {fqn!r}")
 
 
 def _fingerprint(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..config import QuantizeConfig
-from ..nn import convert
+from ..nn import convert, convertible_modules
 
 
 class Strategy:
@@ -29,10 +29,12 @@ class Strategy:
     loss_scale: ClassVar[float] = 1.0
 
     @classmethod
-    def apply(cls, model: nn.Module, config: QuantizeConfig, exclude: Sequence[str]) -> list[str]:
-        """Prepares the model in place, checking everything before it changes anything.
+    def check(cls, model: nn.Module, exclude: Sequence[str]) -> list[str]:
+        """Returns the names of the modules that ``apply`` would convert; raises where it would, and changes nothing."""
+        return list(convertible_modules(model, exclude)) if cls.quantizes else []
 
-        Returns:
-            The fully qualified names of the modules that compute in fixed point from now on.
-        """
-        return convert(model, config, exclude) if cls.quantizes else []
+    @classmethod
+    def apply(cls, model: nn.Module, config: QuantizeConfig, exclude: Sequence[str]) -> None:
+        """Prepares the model in place, checking everything before it changes anything."""
+        if cls.quantizes:
+            convert(model, config, exclude)

@@ -1,0 +1,92 @@
+"""The checkpoint file: an ordinary PyTorch checkpoint with the quantizers' state beside the weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import amp
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, **extra: Any) -> None:
+    """Writes a checkpoint that ``torch.load(path, weights_only=True)`` reads.
+
+    It is a dict with ``state_dict`` (a strict load into the plain model works), ``cnmix`` (see ``cnmix.state_dict``),
+    ``optimizer`` where one is given, and the entries of ``extra``. The file is written under a temporary name and renamed,
+    so that a failure leaves what was there before.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        model: the model, initialized or plain.
+        optimizer: its optimizer.
+        **extra: plain numbers, strings, lists, dicts and tensors.
+
+    Raises:
+        ValueError: if an entry of ``extra`` has a reserved name.
+    """
+    taken = {"state_dict", "cnmix", "optimizer"} & set(extra)
+    if taken:
+        raise ValueError(f"checkpoint entries called {sorted(taken)} are written by save itself: choose other names")
+    checkpoint = {"state_dict": amp.unwrap(model).state_dict(), "cnmix": amp.state_dict(model), **extra}
+    if optimizer is not None:
+        checkpoint["optimizer"] = optimizer.state_dict()
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, plain data only, and checks that it is one.
+
+    Returns:
+        What ``save`` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, no PyTorch checkpoint, or lacks ``state_dict`` or ``cnmix``.
+    """
+    checkpoint = read_plain(path)
+    missing = {"state_dict", "cnmix"} - set(checkpoint)
+    if missing:
+        raise ValueError(
+            f"{path} has no {' and no '.join(sorted(missing))}; it has {', '.join(sorted(map(str, checkpoint))[:8])}"
+        )
+    amp.check_state(checkpoint["cnmix"])
+    return checkpoint
+
+
+def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads any dict that ``torch.save`` wrote, tensors and plain data only.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, or no PyTorch checkpoint with a dict of plain data.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated, or no PyTorch checkpoint of tensors and plain data: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint")
+    return dict(checkpoint)

@@ -1,0 +1,62 @@
+"""Integer inference from a training checkpoint: frozen weights and the positions that training stored.
+
+No calibration pass: what the quantizers learned is all that is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .. import amp
+from ..config import QuantizeConfig
+from ..nn import convert, convertible_modules, quantized_modules
+
+__all__ = ["freeze", "prepare"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(model: Model, checkpoint: Mapping[str, Any]) -> Model:
+    """Turns a plain model into one that infers with the checkpoint's integers, in place.
+
+    Args:
+        model: a plain model of the checkpoint's architecture.
+        checkpoint: ``state_dict`` and ``cnmix``, as ``cnmix.checkpoint.load`` returns it.
+
+    Returns:
+        The same model, in evaluation mode, its Linear and convolution modules computing on integers.
+
+    Raises:
+        ValueError: if the checkpoint's modules are not the model's, or it holds several models.
+        RuntimeError: if the weights do not fit, or a module was not trained in fixed point.
+    """
+    state = checkpoint["cnmix"]
+    amp.check_state(state)
+    if len(state["models"]) != 1:
+        raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
+    saved = state["models"][0]["modules"]
+    model.load_state_dict(checkpoint["state_dict"], strict=True)
+    stays_float = [fqn for fqn in convertible_modules(model) if fqn not in saved]
+    convert(model, QuantizeConfig(), stays_float)
+    amp.load_state_dict(state, model)
+    for fqn, module in quantized_modules(model):
+        module.quantizers.config = QuantizeConfig().replace(**saved[fqn]["settings"])
+    return freeze(model)
+
+
+def freeze(model: Model) -> Model:
+    """Fixes the integers of every weight and puts the model into evaluation mode, in place.
+
+    Raises:
+        RuntimeError: if a module has no stored positions, naming it.
+    """
+    modules = dict(quantized_modules(model))
+    for module in modules.values():
+        module.quantizers.check_trained()
+    model.eval()
+    for module in modules.values():
+        module.quantizers.freeze(module.weight)
+    return model
