@@ -89,9 +89,9 @@ def initialize(
 
     Raises:
         TypeError: if a model is no ``nn.Module`` or an optimizer has no parameter groups.
-        ValueError: for an unknown level or setting (with the nearest known one), a value out of its range, a model whose
-            weights are not float32 or are shared with a module that stays float, or a model that was initialized
-            otherwise before. Nothing has been changed then.
+        ValueError: for an unknown level or setting (with the nearest known one), a value out of its range, a model
+            whose weights are not float32 or are shared with a module that stays float, or a model that was
+            initialized otherwise before. Nothing has been changed then.
     """
     level = find_level(opt_level)
     model_list, optimizer_list = _as_list(models), _as_list(optimizers)
@@ -141,8 +141,8 @@ def initialize(
 def scale_loss(loss: Tensor, optimizers: Any) -> Iterator[Tensor]:
     """Yields the loss times its scale, and unscales the gradients on leaving.
 
-    After the block the optimizer's parameters have ordinary gradients, to clip or to accumulate; gradients that were there
-    before keep their meaning. With a dynamic scale an overflow makes the next ``optimizer.step()`` skip.
+    After the block the optimizer's parameters have ordinary gradients, to clip or to accumulate; gradients that were
+    there before keep their meaning. With a dynamic scale an overflow makes the next ``optimizer.step()`` skip.
 
     Args:
         loss: scalar float tensor.
@@ -244,7 +244,7 @@ def check_state(state: Any) -> None:
         )
     if not isinstance(state["version"], int) or state["version"] > STATE_VERSION:
         raise ValueError(
-            f"this state has version {state['version']!r}, and this version of cnmix reads up to {STATE_VERSION}: upgrade it"
+            f"this state has version {state['version']!r}, and this cnmix reads up to {STATE_VERSION}: upgrade cnmix"
         )
     for saved in state["models"]:
         if not isinstance(saved, Mapping) or not isinstance(saved.get("modules"), Mapping):
@@ -278,20 +278,19 @@ def _as_list(value: Any) -> list[Any]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside DDP, DataParallel or torch.compile, whose names the state uses."""
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
+        wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = getattr(model, "module" if wrapped else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _is_initialized(model: nn.Module, setup: _Setup) -> bool:
     before = registry.models.get(model)
     if before is not None and before != setup:
         raise ValueError(
-            f"this {type(model).__name__} was initialized with opt_level {before.level.name!r} and other settings before: "
-            "initialize a fresh model"
+            f"this {type(model).__name__} was initialized before, with opt_level {before.level.name!r} and other "
+            "settings: initialize a fresh model"
         )
     return before is not None
 

@@ -20,8 +20,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
     """Writes a checkpoint that ``torch.load(path, weights_only=True)`` reads.
 
     It is a dict with ``state_dict`` (a strict load into the plain model works), ``cnmix`` (see ``cnmix.state_dict``),
-    ``optimizer`` where one is given, and the entries of ``extra``. The file is written under a temporary name and renamed,
-    so that a failure leaves what was there before.
+    ``optimizer`` where one is given, and the entries of ``extra``. The file is written under a temporary name and
+    renamed, so that a failure leaves what was there before.
 
     Args:
         path: the file; its folder is made where it is missing.

@@ -112,7 +112,7 @@ def check_names(given: Iterable[str] | Mapping[str, Any], valid: Iterable[str], 
             raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 

@@ -170,7 +170,7 @@ def _correlate(
     dilation: Sequence[int],
     exact_int31: bool,
 ) -> Tensor:
-    """Multiplies the windows of ``placed`` (N, *padded, C) by ``matrix`` (groups, K, O); float32 (N, *size, groups * O)."""
+    """Multiplies the windows of (N, *padded, C) by ``matrix`` (groups, K, O); float32 (N, *size, groups * O)."""
     groups, _, out_channels = matrix.shape
     out = torch.empty((placed.shape[0], *size, groups * out_channels), dtype=torch.float32)
     if not (a.finite and b.finite):
@@ -201,8 +201,10 @@ def _place(x: Tensor, before: Sequence[int], after: Sequence[int], step: Sequenc
     spread = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], step, strict=True)]
     size = [max(b, 0) + n + max(a, 0) for b, n, a in zip(before, spread, after, strict=True)]
     out = x.new_zeros((x.shape[0], *size, x.shape[1]))
-    index = tuple(slice(max(b, 0), max(b, 0) + n, s) for b, n, s in zip(before, spread, step, strict=True))
-    out[(slice(None), *index)] = channels_last
+    inside = out
+    for dim, (b, n, s) in enumerate(zip(before, spread, step, strict=True), start=1):
+        inside = inside.narrow(dim, max(b, 0), n)[(slice(None),) * dim + (slice(None, None, s),)]
+    inside.copy_(channels_last)
     for dim, (b, a) in enumerate(zip(before, after, strict=True), start=1):
         out = out.narrow(dim, max(-b, 0), out.shape[dim] - max(-b, 0) - max(-a, 0))
     return out
@@ -273,7 +275,7 @@ def _halves(values: Tensor, bits: int) -> list[tuple[int, Tensor]]:
 
 
 def _exact_float64_matmul(a: Tensor, b: Tensor, product_bits: int) -> Tensor:
-    """Multiplies integers whose products are at most ``2**product_bits``, in pieces of K that stay below 2**53; int64."""
+    """Multiplies integers with products up to ``2**product_bits``, in pieces of K that stay below 2**53; int64."""
     k = a.shape[-1]
     limit = 1 << (53 - product_bits)
     if k <= limit:

@@ -45,7 +45,7 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
 
 
 def uniform(start: int, count: int, seed: int, stream: int) -> Tensor:
-    """Returns elements ``start .. start + count`` of a stream of uniform numbers, float64 multiples of 2**-24 in [0, 1).
+    """Returns elements ``start .. start + count`` of a stream of uniform numbers: multiples of 2**-24 in [0, 1).
 
     Element i takes word ``i % 4`` of the block with counter ``i // 4``, so that any split of a tensor gives the same
     numbers.
@@ -127,9 +127,9 @@ def convolution(
         padded = _pad(xv, padding)
         size = output_size(xv.shape[2:], kernel, stride, padding, dilation)
         total = xv.new_zeros((xv.shape[0], groups, wv.shape[0] // groups, *size))
-        for tap in cartesian(*map(range, kernel)):
+        for number, tap in enumerate(cartesian(*map(range, kernel))):
             window = _group(_window(padded, tap, size, stride, dilation), groups)
-            total += torch.einsum("ngc...,goc->ngo...", window, _tap(wv, tap, groups))
+            total += torch.einsum("ngc...,goc->ngo...", window, _tap(wv, number, groups))
         return total.flatten(1, 2)
 
     return _product(sums, x, weight)
@@ -149,10 +149,10 @@ def convolution_grad_input(
 
     def sums(gv: Tensor, wv: Tensor) -> Tensor:
         padded = _pad(gv.new_zeros(tuple(input_size)), padding)
-        for tap in cartesian(*map(range, kernel)):
+        for number, tap in enumerate(cartesian(*map(range, kernel))):
             # A view: adding to it adds to `padded`.
             window = _window(padded, tap, gv.shape[2:], stride, dilation)
-            window += torch.einsum("ngo...,goc->ngc...", _group(gv, groups), _tap(wv, tap, groups)).flatten(1, 2)
+            window += torch.einsum("ngo...,goc->ngc...", _group(gv, groups), _tap(wv, number, groups)).flatten(1, 2)
         return _unpad(padded, padding)
 
     return _product(sums, grad_output, weight)
@@ -172,13 +172,12 @@ def convolution_grad_weight(
 
     def sums(gv: Tensor, xv: Tensor) -> Tensor:
         padded = _pad(xv, padding)
-        total = gv.new_zeros(tuple(weight_size))
-        for tap in cartesian(*map(range, kernel)):
+        total = gv.new_zeros((*tuple(weight_size)[:2], math.prod(kernel)))
+        for number, tap in enumerate(cartesian(*map(range, kernel))):
             window = _group(_window(padded, tap, gv.shape[2:], stride, dilation), groups)
-            total[(..., *tap)] = torch.einsum(
-                "ngop,ngcp->goc", _group(gv, groups).flatten(3), window.flatten(3)
-            ).flatten(0, 1)
-        return total
+            left = _group(gv, groups).flatten(3)
+            total[..., number] = torch.einsum("ngop,ngcp->goc", left, window.flatten(3)).flatten(0, 1)
+        return total.view(tuple(weight_size))
 
     return _product(sums, grad_output, x)
 
@@ -261,16 +260,17 @@ def _window(
     padded: Tensor, tap: Sequence[int], size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """Returns the view of what one kernel tap multiplies: (N, C, *output)."""
-    index = tuple(
-        slice(t * d, t * d + (n - 1) * s + 1, s) for t, n, s, d in zip(tap, size, stride, dilation, strict=True)
-    )
-    return padded[(slice(None), slice(None), *index)]
+    window = padded
+    for dim, (t, n, s, d) in enumerate(zip(tap, size, stride, dilation, strict=True), start=2):
+        window = window.narrow(dim, t * d, (n - 1) * s + 1)
+        window = window.unfold(dim, 1, s).squeeze(-1)
+    return window
 
 
 def _group(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, x.shape[1] // groups))
 
 
-def _tap(weight: Tensor, tap: Sequence[int], groups: int) -> Tensor:
-    """Returns one kernel tap of the weight, (groups, O / groups, C / groups)."""
-    return weight[(..., *tap)].unflatten(0, (groups, weight.shape[0] // groups))
+def _tap(weight: Tensor, number: int, groups: int) -> Tensor:
+    """Returns one kernel tap of the weight, counted in row-major order: (groups, O / groups, C / groups)."""
+    return weight.flatten(2)[..., number].unflatten(0, (groups, weight.shape[0] // groups))

@@ -37,7 +37,7 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
         converted = QUANTIZED_CLASSES[type(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn)
-        module.__class__ = converted  # type: ignore[assignment]
+        module.__class__ = converted
     return list(chosen)
 
 
@@ -45,8 +45,8 @@ def convertible_modules(model: nn.Module, exclude: Sequence[str] = ()) -> dict[s
     """Returns the modules, by fully qualified name, that ``convert`` would change; changes nothing.
 
     Raises:
-        ValueError: if a name in ``exclude`` matches nothing, a weight is not float32 or not yet initialized, or is shared
-            with a module that stays float.
+        ValueError: if a name in ``exclude`` matches nothing, a weight is not float32 or not yet initialized, or is
+            shared with a module that stays float.
     """
     chosen = _choose(model, exclude)
     _check_weights(chosen)

@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
 
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(qx.values if needs_weight else None, qw.values if needs_x else None)
-        ctx.x_format, ctx.weight_format = qx._replace(values=None), qw._replace(values=None)
+        ctx.x_format, ctx.weight_format = qx[1:], qw[1:]
         ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.quantizers, ctx.training, ctx.geometry = quantizers, training, geometry
@@ -70,8 +70,8 @@ class _Product(torch.autograd.Function):
         if needs_x or needs_weight:
             products = _linear_gradients if ctx.geometry is None else _convolution_gradients
             qg = ctx.quantizers.grad_output(grad_output, ctx.training)
-            qx = ctx.x_format._replace(values=x_values) if needs_weight else None
-            qw = ctx.weight_format._replace(values=weight_values) if needs_x else None
+            qx = FixedPoint(x_values, *ctx.x_format) if needs_weight else None
+            qw = FixedPoint(weight_values, *ctx.weight_format) if needs_x else None
             grad_x, grad_weight = products(ctx, qg, qx, qw)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         if grad_x is not None:
@@ -135,5 +135,5 @@ def convolution(
     quantizers: ModuleQuantizers,
     training: bool,
 ) -> Tensor:
-    """Convolves in fixed point: (N, C, *spatial) with (O, C / groups, *kernel) gives (N, O, *output) in ``x``'s dtype."""
+    """Convolves (N, C, *spatial) with (O, C / groups, *kernel) in fixed point; (N, O, *output) in ``x``'s dtype."""
     return _Product.apply(x, weight, bias, quantizers, training, geometry)

@@ -50,8 +50,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self._check_input(input)
         if input.shape[-1] != self.in_features:
             raise ValueError(
-                f"{self.quantizers.fqn!r} takes {self.in_features} features in the last dimension, got a tensor of shape "
-                f"{tuple(input.shape)}"
+                f"{self.quantizers.fqn!r} takes {self.in_features} features in the last dimension, got a tensor "
+                f"of shape {tuple(input.shape)}"
             )
         return linear(input, self.weight, self.bias, self.quantizers, self._moves_statistics())
 
@@ -66,8 +66,8 @@ class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
         channels = input.shape[-spatial - 1] if input.dim() in (spatial + 1, spatial + 2) else None
         if channels != self.in_channels:
             raise ValueError(
-                f"{self.quantizers.fqn!r} takes (batch, {self.in_channels} channels, {spatial} spatial dimensions), with or "
-                f"without the batch, got a tensor of shape {tuple(input.shape)}"
+                f"{self.quantizers.fqn!r} takes (batch, {self.in_channels} channels, {spatial} spatial dimensions), "
+                f"with or without the batch, got a tensor of shape {tuple(input.shape)}"
             )
         batched = input if input.dim() == spatial + 2 else input.unsqueeze(0)
         padding = self.padding
@@ -77,7 +77,7 @@ class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
         elif isinstance(padding, str):  # "same" may need one more on the far side; "valid" is none
             batched = F.pad(batched, self._reversed_padding_repeated_twice)
             padding = (0,) * spatial
-        geometry = ConvolutionGeometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        geometry = ConvolutionGeometry(self.stride, padding, self.dilation, self.groups)
         training = self._moves_statistics()
         y = convolution(batched, self.weight, self.bias, geometry, self.quantizers, training)
         return y if batched.dim() == input.dim() else y.squeeze(0)

@@ -89,6 +89,7 @@ class ModuleQuantizers:
         known = self._weight_integers
         if (
             known is not None
+            and self._weight_sample is not None
             and key == self._weight_key
             and (known.bits, known.position) == (quantizer.state.bits, quantizer.state.position)
             and not (training and quantizer.due and not self._weight_measured)
@@ -109,8 +110,8 @@ class ModuleQuantizers:
         missing = [name for name in ("input", "weight") if getattr(self, name).state.position is None]
         if missing:
             raise RuntimeError(
-                f"{self.fqn!r} has no stored position for {' and '.join(missing)}: integer inference needs the cnmix state "
-                "of a training run (cnmix.load_state_dict), and a module that took part in it"
+                f"{self.fqn!r} has no stored position for {' and '.join(missing)}: integer inference needs the cnmix "
+                "state of a training run (cnmix.load_state_dict), and a module that took part in it"
             )
 
     def freeze(self, weight: Tensor) -> None:
