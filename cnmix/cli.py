@@ -1,0 +1,114 @@
+"""The command ``cnmix``."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f'the command cnmix needs {error.name}: pip install "cnmix[recipes]"')
+
+if TYPE_CHECKING:
+    from .training import RunResult
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.callback()
+def _describe() -> None:
+    """Train PyTorch models in adaptive fixed point, and evaluate them with integers."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optimizer.args.lr=0.1")] = None,
+    compare: Annotated[bool, typer.Option(help="Also train the float32 baseline from the same seeds.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="A run's last.ckpt to go on from.")] = None,
+) -> None:
+    """Train a recipe; leaves runs/<recipe>/<time>/ with its settings, metrics and checkpoints."""
+    from .recipe import load_recipe
+    from .training import operand_rows, run_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder, results, model = run_recipe(
+        loaded, recipe.stem, compare=compare, resume=resume, progress=console.is_terminal
+    )
+    rows = list(operand_rows(model))
+    if rows:
+        table = Table(title=f"Operands after the last {loaded.cnmix.opt_level} run")
+        for heading in ("module", "operand", "width", "position", "interval", "updates", "error (QEM)"):
+            table.add_column(heading, justify="left" if heading in ("module", "operand") else "right")
+        for fqn, operand, bits, position, interval, updates, qem in rows:
+            values = (f"int{bits}", str(position), str(interval), str(updates), f"{qem:.2e}")
+            table.add_row(fqn if operand == "input" else "", operand, *values, end_section=operand == "grad_output")
+        console.print(table)
+    console.print(_results_table(results))
+    console.print(f"Kept in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Evaluate with integers: cnmix eval {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
+) -> None:
+    """Evaluate checkpoints in float32 and with integers at the positions that training stored."""
+    from .training import evaluate_checkpoints
+
+    table = Table(title="Test accuracy")
+    for heading in ("level", "seed", "float32", "integer"):
+        table.add_column(heading, justify="left" if heading == "level" else "right")
+    for each in evaluate_checkpoints(path):
+        integer = "–" if each.integer_accuracy is None else f"{each.integer_accuracy:.2%}"
+        table.add_row(each.level, str(each.seed), f"{each.float_accuracy:.2%}", integer)
+    console.print(table)
+
+
+@app.command("config")
+def config() -> None:
+    """Say which kernels serve on this machine, and why."""
+    from .kernels import show_config
+
+    show_config()
+
+
+def main() -> None:
+    """Runs the command; a mistake in what it was given is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _results_table(results: list[RunResult]) -> Table:
+    levels = list(dict.fromkeys(result.level for result in results))
+    labels = {"O0": "float32 (O0)"}
+    table = Table(title="Test accuracy, and seconds of training")
+    table.add_column("seed", justify="right")
+    for level in levels:
+        table.add_column(labels.get(level, level), justify="right")
+    for seed in dict.fromkeys(result.seed for result in results):
+        by_level = {result.level: result for result in results if result.seed == seed}
+        cells = [f"{by_level[level].test_accuracy:.2%}  {by_level[level].seconds:5.1f} s" for level in levels]
+        table.add_row(str(seed), *cells)
+    if len(results) > len(levels):
+        table.add_section()
+        grouped = [[result for result in results if result.level == level] for level in levels]
+        means = [
+            f"{statistics.mean(r.test_accuracy for r in group):.2%}  {statistics.mean(r.seconds for r in group):5.1f} s"
+            for group in grouped
+        ]
+        table.add_row("mean", *means)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Precision plugins for PyTorch Lightning; needs ``pip install "cnmix[recipes]"``."""
+
+try:
+    from .fabric import FabricCnmixPlugin
+    from .trainer import CnmixPlugin
+except ModuleNotFoundError as error:
+    if error.name is None or not error.name.startswith("lightning"):
+        raise
+    raise ModuleNotFoundError(
+        'cnmix.lightning needs Lightning: pip install "cnmix[recipes]"', name=error.name
+    ) from error
+
+__all__ = ["CnmixPlugin", "FabricCnmixPlugin"]

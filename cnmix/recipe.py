@@ -1,0 +1,208 @@
+"""Recipes: a model, its data and its settings in one YAML file, with overrides from the command line.
+
+A recipe names a Python file beside it, and in that file a network and a function that returns the data. Everything
+else has a place in the schema below; an unknown key is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from .config import check_names
+from .strategies import find_level
+
+
+@dataclass
+class Call:
+    """A function or class by name, and its arguments."""
+
+    name: str = MISSING
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OptionalCall:
+    """As ``Call``, where no name means none."""
+
+    name: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class FixedPointSection:
+    """The arguments of ``cnmix.initialize``; ``settings`` has further fields of ``cnmix.QuantizeConfig``."""
+
+    opt_level: str = "O1"
+    bitwidth: int = 8
+    max_bitwidth: int = 31
+    exclude: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """The schema of a recipe.
+
+    Attributes:
+        module: Python file with the network and the data, relative to the recipe.
+        model: the network: a class in that file.
+        data: the data: a function in that file that returns two map-style data sets, (train, test), of (input, class).
+        batch_size: samples in a training step.
+        epochs: passes over the training data.
+        optimizer: a class of ``torch.optim``.
+        scheduler: a class of ``torch.optim.lr_scheduler``, stepped once an epoch; none by default.
+        seeds: one run for each.
+        threads: threads of torch; torch's own choice where null.
+        cnmix: how it computes.
+        output: folder in which runs are kept, as ``output/<recipe>/<time>``.
+    """
+
+    module: str = MISSING
+    model: Call = field(default_factory=Call)
+    data: Call = field(default_factory=Call)
+    batch_size: int = 64
+    epochs: int = MISSING
+    optimizer: Call = field(default_factory=Call)
+    scheduler: OptionalCall = field(default_factory=OptionalCall)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    threads: int | None = None
+    cnmix: FixedPointSection = field(default_factory=FixedPointSection)
+    output: str = "runs"
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
+    """Reads a recipe, applies overrides and checks every name and value.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` with dots between the keys, for example ``optimizer.args.lr=0.1``.
+
+    Returns:
+        The resolved recipe, read-only; ``module`` is an absolute path.
+
+    Raises:
+        FileNotFoundError: if the recipe or the Python file that it names is missing.
+        ValueError: for an unknown key (with the nearest known one), a value of the wrong type, or a missing one.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no recipe {file}")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"an override has the form key=value, got {override!r}")
+    schema = OmegaConf.structured(Recipe)
+    try:
+        given = OmegaConf.load(file)
+        if not isinstance(given, DictConfig):
+            raise ValueError(f"{file} must be a mapping of recipe keys")
+        changes = OmegaConf.from_dotlist(list(overrides))
+        for source in (given, changes):
+            _check_keys(schema, source, "")
+        recipe = cast(DictConfig, OmegaConf.merge(schema, given, changes))
+        OmegaConf.resolve(recipe)
+        missing = sorted(OmegaConf.missing_keys(recipe))
+    except ConfigKeyError as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    if not recipe.seeds:
+        raise ValueError(f"{file}: seeds must name at least one seed")
+    for name in ("batch_size", "epochs"):
+        if recipe[name] < 1:
+            raise ValueError(f"{file}: {name} must be at least 1, got {recipe[name]}")
+    recipe.module = str((file.parent / recipe.module).resolve())
+    find_level(recipe.cnmix.opt_level).defaults.replace(**fixed_point_settings(recipe))
+    OmegaConf.set_readonly(recipe, True)
+    return recipe
+
+
+def fixed_point_settings(recipe: DictConfig) -> dict[str, Any]:
+    """Returns the recipe's operand settings, as keywords of ``cnmix.QuantizeConfig``."""
+    section = recipe.cnmix
+    settings = OmegaConf.to_container(section.settings)
+    return {"bitwidth": section.bitwidth, "max_bitwidth": section.max_bitwidth, **dict(settings)}  # type: ignore[arg-type]
+
+
+def build_model(recipe: DictConfig) -> nn.Module:
+    """Builds the recipe's network, float32, with weights from torch's random state."""
+    return _call(getattr_or_explain(load_module(recipe.module), recipe.model.name), recipe.model.args, "model.args")
+
+
+def load_data(recipe: DictConfig) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Loads the recipe's training and test data."""
+    return _call(getattr_or_explain(load_module(recipe.module), recipe.data.name), recipe.data.args, "data.args")
+
+
+def build_optimizer(recipe: DictConfig, parameters: Any) -> tuple[Optimizer, LRScheduler | None]:
+    """Builds the recipe's optimizer, and its scheduler where it has one."""
+    make = getattr_or_explain(torch.optim, recipe.optimizer.name)
+    optimizer = _call(make, recipe.optimizer.args, "optimizer.args", parameters)
+    if recipe.scheduler.name is None:
+        return optimizer, None
+    make = getattr_or_explain(torch.optim.lr_scheduler, recipe.scheduler.name)
+    return optimizer, _call(make, recipe.scheduler.args, "scheduler.args", optimizer)
+
+
+def load_module(path: str) -> ModuleType:
+    """Imports a Python file by its path.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the recipe's module {path} is missing")
+    spec = importlib.util.spec_from_file_location(f"cnmix_recipe_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"the recipe's module {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def getattr_or_explain(module: ModuleType, name: str) -> Callable[..., Any]:
+    """Returns a public name of a module; raises ValueError with the nearest one where there is none."""
+    check_names([name], [each for each in vars(module) if not each.startswith("_")], f"name in {module.__name__}")
+    return getattr(module, name)
+
+
+def _call(make: Callable[..., Any], args: Mapping[str, Any], where: str, *first: Any) -> Any:
+    plain = OmegaConf.to_container(args) if isinstance(args, DictConfig) else dict(args)
+    parameters = inspect.signature(make).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        names = [parameter.name for parameter in parameters][len(first) :]
+        check_names(plain, names, f"key in {where} of {make.__name__}")  # type: ignore[arg-type]
+    return make(*first, **plain)  # type: ignore[arg-type]
+
+
+def _check_keys(schema: DictConfig, given: DictConfig, prefix: str) -> None:
+    check_names(
+        [str(key) for key in given],
+        [str(key) for key in schema],
+        f"recipe key under {prefix}" if prefix else "recipe key",
+    )
+    for key in given:
+        inner = schema._get_node(key)
+        value = given._get_node(key)
+        if (
+            isinstance(inner, DictConfig)
+            and OmegaConf.get_type(inner) not in (dict, None)
+            and isinstance(value, DictConfig)
+        ):
+            _check_keys(inner, value, prefix + str(key) + ".")

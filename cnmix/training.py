@@ -1,0 +1,322 @@
+"""Trains and evaluates recipes, on Lightning's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from . import checkpoint, inference
+from .lightning import CnmixPlugin
+from .nn import quantized_modules
+from .recipe import build_model, build_optimizer, fixed_point_settings, load_data
+
+MODEL_FILE = "model.pt"
+
+
+@dataclass
+class RunResult:
+    """What one training run came to.
+
+    Attributes:
+        level: opt level.
+        seed: seed of the weights, the order of the data and dropout.
+        test_accuracy: share of the test data classified correctly at the end, in [0, 1].
+        test_loss: mean cross entropy on the test data at the end.
+        seconds: wall time of training, evaluation after each epoch included.
+        folder: where its metrics and checkpoints are.
+    """
+
+    level: str
+    seed: int
+    test_accuracy: float
+    test_loss: float
+    seconds: float
+    folder: str
+
+
+class Classification(pl.LightningModule):
+    """Trains a classifier with cross entropy.
+
+    Args:
+        model: maps a batch of inputs to logits or log-probabilities (N, classes).
+        recipe: optimizer and schedule come from here.
+    """
+
+    def __init__(self, model: nn.Module, recipe: DictConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self._random_state: Tensor | None = None
+        self.save_hyperparameters({"recipe": OmegaConf.to_container(recipe)})
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Returns the loss of a batch."""
+        inputs, classes = batch
+        loss = F.cross_entropy(self.model(inputs), classes)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(classes))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs loss and accuracy on the test data."""
+        inputs, classes = batch
+        scores = self.model(inputs)
+        accuracy = (scores.argmax(1) == classes).float().mean()
+        values = {"test_loss": F.cross_entropy(scores, classes), "test_accuracy": accuracy}
+        self.log_dict(values, prog_bar=True, batch_size=len(classes))
+
+    def configure_optimizers(self) -> Any:
+        """Builds what the recipe names."""
+        optimizer, scheduler = build_optimizer(self.recipe, self.parameters())
+        return {"optimizer": optimizer, "lr_scheduler": scheduler} if scheduler is not None else optimizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the random state, so that a resumed run draws the same dropout as an uninterrupted one."""
+        checkpoint["random_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the random state back, to be set when training starts."""
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_start(self) -> None:
+        """Sets the random state of a resumed run."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state.cpu())
+            self._random_state = None
+
+
+def run_recipe(
+    recipe: DictConfig,
+    name: str,
+    *,
+    compare: bool = False,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[Path, list[RunResult], nn.Module]:
+    """Trains a recipe once for each seed, and with ``compare`` its float32 baseline from the same seeds.
+
+    Leaves ``<output>/<name>/<time>/`` with the resolved recipe, the results, and for each run its metrics, Lightning's
+    checkpoint to resume from and the model's.
+
+    Args:
+        recipe: as ``load_recipe`` returns it.
+        name: of the recipe.
+        compare: also train at O0.
+        resume: a checkpoint ``last.ckpt`` to go on from; for recipes with one seed.
+        progress: whether to draw a progress bar.
+
+    Returns:
+        The folder, the result of each run, and the last model trained at the recipe's level.
+
+    Raises:
+        ValueError: if ``resume`` is given with several runs, or is no checkpoint.
+    """
+    levels = [recipe.cnmix.opt_level]
+    if compare and "O0" not in levels:
+        levels.insert(0, "O0")
+    if resume is not None:
+        if len(levels) * len(recipe.seeds) > 1:
+            raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare")
+        checkpoint.read_plain(resume)  # refuses a truncated or foreign file before a folder is made
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    data = load_data(recipe)
+    build_optimizer(
+        recipe, build_model(recipe).parameters()
+    )  # refuses what the recipe has wrong, before a folder is made
+    folder = _new_folder(Path(recipe.output) / name)
+    OmegaConf.save(recipe, folder / "recipe.yaml")
+    results: list[RunResult] = []
+    for seed in recipe.seeds:
+        for level in levels:
+            place = folder / f"{level}-seed{seed}"
+            result, model = train(recipe, level, seed, data, place, resume=resume, progress=progress)
+            results.append(result)
+    (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    return folder, results, model
+
+
+def train(
+    recipe: DictConfig,
+    level: str,
+    seed: int,
+    data: tuple[Dataset[Any], Dataset[Any]],
+    folder: Path,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    callbacks: tuple[Callback, ...] = (),
+) -> tuple[RunResult, nn.Module]:
+    """Trains the recipe's model once; returns the result and the trained model."""
+    torch.manual_seed(seed)
+    task = Classification(build_model(recipe), recipe)
+    plugin = CnmixPlugin(
+        level, exclude=list(recipe.cnmix.exclude) if level != "O0" else [], settings=fixed_point_settings(recipe)
+    )
+    shuffled = DistributedSampler(data[0], num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[var-annotated]
+    # Loaders draw a seed whenever they start; from a generator of their own, that leaves dropout's random state alone.
+    loader = DataLoader(data[0], recipe.batch_size, sampler=shuffled, generator=torch.Generator().manual_seed(seed))
+    test_loader = _test_loader(data[1])
+    keep_last = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
+    bar = [RichProgressBar(leave=False)] if progress else []
+    started = time.perf_counter()
+    with _quiet_lightning():
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=recipe.epochs,
+            plugins=[plugin],
+            callbacks=[keep_last, *bar, *callbacks],
+            logger=CSVLogger(folder, name="", version=""),
+            num_sanity_val_steps=0,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        ckpt_path = None if resume is None else str(resume)
+        trainer.fit(task, loader, test_loader, ckpt_path=ckpt_path, weights_only=True if resume else None)
+    seconds = time.perf_counter() - started
+    accuracy, loss = evaluate(task.model, data[1])
+    result = RunResult(level, seed, accuracy, loss, seconds, str(folder))
+    recorded = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
+    checkpoint.save(folder / MODEL_FILE, task.model, **recorded)
+    return result, task.model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset[Any]) -> tuple[float, float]:
+    """Returns the share of the data classified correctly and the mean cross entropy, in evaluation mode."""
+    model.eval()
+    correct, loss, count = 0, 0.0, 0
+    for inputs, classes in _test_loader(data):
+        scores = model(inputs)
+        correct += int((scores.argmax(1) == classes).sum())
+        loss += float(F.cross_entropy(scores, classes, reduction="sum"))
+        count += len(classes)
+    return correct / count, loss / count
+
+
+@dataclass
+class Evaluation:
+    """Float and integer accuracy of one checkpoint; the integer one is None where it was not trained in fixed point."""
+
+    file: str
+    level: str
+    seed: int
+    float_accuracy: float
+    integer_accuracy: float | None
+
+
+def evaluate_checkpoints(path: str | os.PathLike[str]) -> Iterator[Evaluation]:
+    """Evaluates a run's checkpoints, or one of them, on the test data of the recipe they were trained with.
+
+    The integer accuracy uses the positions that training stored; there is no calibration pass.
+
+    Args:
+        path: a run's folder or any folder in it, its ``model.pt``, or Lightning's ``last.ckpt``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if a file is no checkpoint of a recipe.
+    """
+    place = Path(path)
+    files = sorted(place.rglob(MODEL_FILE)) if place.is_dir() else [place]
+    if not files:
+        raise FileNotFoundError(f"there is no {MODEL_FILE} in {place}: it is written when a run ends")
+    for file in files:
+        saved = _read_checkpoint(file)
+        recipe = OmegaConf.create(saved["recipe"])
+        if not isinstance(recipe, DictConfig):
+            raise ValueError(f"{file}: its recipe is no mapping")
+        _, test = load_data(recipe)
+        model = build_model(recipe)
+        model.load_state_dict(saved["state_dict"], strict=True)
+        float_accuracy, _ = evaluate(model, test)
+        integer_accuracy = None
+        if any(saved_model["modules"] for saved_model in saved["cnmix"]["models"]):
+            integer_accuracy, _ = evaluate(inference.prepare(model, saved), test)
+        result = saved.get("result", {})
+        level = result.get("level", recipe.cnmix.opt_level)
+        yield Evaluation(str(file), level, result.get("seed", recipe.seeds[0]), float_accuracy, integer_accuracy)
+
+
+def operand_rows(model: nn.Module) -> Iterator[tuple[str, str, int, int | None, int, int, float]]:
+    """Yields (module, operand, bits, position, interval, updates, error) for every operand of the model."""
+    for fqn, module in quantized_modules(model):
+        for operand, quantizer in module.quantizers:
+            state = quantizer.state
+            yield fqn, operand, state.bits, state.position, state.interval, state.updates, state.error
+
+
+def _read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """Reads a model's checkpoint, or Lightning's, in the form of the former."""
+    saved = checkpoint.read_plain(file)
+    if "pytorch-lightning_version" in saved:
+        prefix = "model."
+        models = saved.get(CnmixPlugin.__qualname__, {}).get("models", [])
+        saved = {
+            "state_dict": {key.removeprefix(prefix): value for key, value in saved["state_dict"].items()},
+            "cnmix": {
+                "version": 1,
+                "models": [
+                    {"modules": {fqn.removeprefix(prefix): state for fqn, state in model["modules"].items()}}
+                    for model in models
+                ],
+                "loss_scalers": [],
+            },
+            "recipe": saved.get("hyper_parameters", {}).get("recipe"),
+        }
+    missing = [key for key in ("state_dict", "cnmix", "recipe") if saved.get(key) is None]
+    if missing:
+        raise ValueError(f"{file} is no checkpoint of `cnmix train`: it has no {', '.join(missing)}")
+    return saved
+
+
+def _test_loader(data: Dataset[Any]) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=500, generator=torch.Generator())
+
+
+def _new_folder(parent: Path) -> Path:
+    """Makes a folder called by the time, with a number behind it where one is there already."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in range(1, 1000):
+        folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(f"{parent} has a thousand runs of this second")
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silences what Lightning says of devices that are not used, and of loaders without worker processes."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
