@@ -215,10 +215,7 @@ def quantization_error(
     if measure == "l1":
         difference = _sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized)) / x.numel()
     else:
-        values = quantized.values
-        # |-128| is no int8: widen first. The integer sum is exact, in any order.
-        magnitudes = values.to(torch.int64).abs_() if quantized.bits == 31 else values.to(torch.int32).abs_()
-        mean_quantized = math.ldexp(magnitudes.sum(dtype=torch.int64).item() / x.numel(), quantized.position)
+        mean_quantized = math.ldexp(_sum_of_magnitudes(quantized.values) / x.numel(), quantized.position)
         difference = abs(mean - mean_quantized)
     return math.log2(difference / mean + 1)
 
@@ -254,15 +251,18 @@ def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
 
 
 def _sum_of_magnitudes(x: Tensor) -> float:
-    """Sums |x| in float64, in an order that does not depend on the number of threads.
+    """Sums |x| of floats or integers, in an order that does not depend on the number of threads.
 
-    Rows of fixed length are summed each by one thread, then the row sums, which are too few to be split.
+    Rows of fixed length are summed each by one thread, then the row sums, which are too few to be split. Integers sum
+    exactly, floats in float64; a row of 4096 int8 magnitudes stays below float32's 2**24.
     """
-    flat = x.detach().reshape(-1)
-    total, row = 0.0, 4096
-    for start in range(0, flat.numel(), row * 256):
-        piece = flat[start : start + row * 256].abs()
+    flat, row = x.detach().reshape(-1), 4096
+    summed = torch.float32 if x.dtype == torch.int8 else torch.float64
+    total = 0.0
+    for start in range(0, flat.numel(), row * 64):
+        # |-128| is no int8: convert first.
+        piece = flat[start : start + row * 64].to(summed).abs()
         whole = piece.numel() // row * row
-        total += piece[:whole].view(-1, row).sum(1, dtype=torch.float64).sum().item()
+        total += piece[:whole].view(-1, row).sum(1).sum(dtype=torch.float64).item()
         total += piece[whole:].sum(dtype=torch.float64).item()
     return total

@@ -219,6 +219,11 @@ def _gather(
     groups: int,
 ) -> Tensor:
     """Gathers the windows of (N, *padded, C) into a matrix per group: (groups, N * positions, taps * C / groups)."""
+    dtype, run = placed.dtype, placed.shape[-1] // groups
+    for wide in (torch.int64, torch.int32, torch.int16):
+        # The channels of a tap lie side by side: copy as many of them as one word takes.
+        if run * dtype.itemsize % wide.itemsize == 0 and wide.itemsize > dtype.itemsize and placed.is_contiguous():
+            return _gather(placed.view(wide), size, kernel, stride, dilation, groups).view(dtype)
     images, channels = placed.shape[0], placed.shape[-1]
     steps = placed.stride()[1:-1]
     windows = placed.as_strided(
