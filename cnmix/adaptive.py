@@ -19,7 +19,17 @@ from torch import Tensor
 
 from . import kernels
 from .config import Product, QuantizeConfig
-from .fixed_point import BITS, FixedPoint, Rounding, absmax, check_bits, choose_position, dequantize
+from .fixed_point import (
+    BITS,
+    POSITION_MAX,
+    POSITION_MIN,
+    FixedPoint,
+    Rounding,
+    absmax,
+    check_bits,
+    choose_position,
+    dequantize,
+)
 
 logger = logging.getLogger("cnmix")
 
@@ -81,6 +91,7 @@ class OperandQuantizer:
         Outside training nothing is changed: the stored format serves, or before the first update one that fits ``x``.
         """
         state = self.state
+        x = x.detach().to(torch.float32)
         largest = absmax(x)
         if not math.isfinite(largest):
             self._report_nonfinite()
@@ -122,7 +133,7 @@ class OperandQuantizer:
         """Restores what ``state_dict`` returned.
 
         Raises:
-            ValueError: if a number is missing, unknown or no valid width.
+            ValueError: if a number is missing, unknown or out of its range.
         """
         self.state = parse_operand_state(state, self.name)
 
@@ -237,7 +248,7 @@ def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
     """Builds an operand's state from plain numbers.
 
     Raises:
-        ValueError: if a number is missing, unknown or no valid width; the message has ``name``.
+        ValueError: if a number is missing, unknown or out of its range; the message has ``name``.
     """
     fields = {field.name for field in dataclasses.fields(OperandState)}
     if not isinstance(state, Mapping) or set(state) != fields:
@@ -245,8 +256,16 @@ def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
         raise ValueError(f"the saved state of {name} must have exactly {sorted(fields)}, got {given}")
     check_bits(state["bits"], f"the saved width of {name}")
     for field, value in state.items():
-        if not (isinstance(value, (int, float)) or (field == "position" and value is None)):
-            raise ValueError(f"the saved {field} of {name} must be a number, got {value!r}")
+        if field in ("moving_position", "error"):
+            right = isinstance(value, (int, float)) and math.isfinite(value)
+        elif field == "position":
+            right = value is None or (type(value) is int and POSITION_MIN <= value <= POSITION_MAX)
+        elif field == "exceeds_max_bitwidth":
+            right = isinstance(value, bool)
+        else:
+            right = type(value) is int and value >= 0
+        if not right:
+            raise ValueError(f"the saved {field} of {name} is out of its range: {value!r}")
     return OperandState(**state)
 
 

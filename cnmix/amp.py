@@ -114,7 +114,7 @@ def initialize(
             logger.warning("no Linear or convolution to convert in %s", type(model).__name__)
         if place in registry.waiting_models:
             present = {*names, *(fqn for fqn, _ in quantized_modules(model))}
-            _check_names(type(model).__name__, present, registry.waiting_models[place])
+            check_names_fit(type(model).__name__, present, registry.waiting_models[place])
     new_optimizers = [optimizer for optimizer in optimizer_list if scaler_of(optimizer) is None]
     scalers = [LossScaler(scale) for _ in new_optimizers]
     for place, scaler in enumerate(scalers, start=len(registry.optimizers)):
@@ -218,14 +218,14 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None) ->
         target = unwrap(model)
         if len(state["models"]) != 1:
             raise ValueError(f"the state holds {len(state['models'])} models, and one model was given")
-        _check_names(type(target).__name__, {fqn for fqn, _ in quantized_modules(target)}, state["models"][0])
+        check_names_fit(type(target).__name__, {fqn for fqn, _ in quantized_modules(target)}, state["models"][0])
         _load_model_state(target, state["models"][0])
         return
     present = list(registry.models)
     placed = list(zip(present, state["models"], strict=False))
     scalers = list(zip(registry.optimizers.values(), state["loss_scalers"], strict=False))
     for each, saved in placed:
-        _check_names(type(each).__name__, {fqn for fqn, _ in quantized_modules(each)}, saved)
+        check_names_fit(type(each).__name__, {fqn for fqn, _ in quantized_modules(each)}, saved)
     for scaler, saved in scalers:
         scaler.load_state_dict(saved)
     for each, saved in placed:
@@ -246,6 +246,9 @@ def check_state(state: Any) -> None:
         raise ValueError(
             f"this state has version {state['version']!r}, and this cnmix reads up to {STATE_VERSION}: upgrade cnmix"
         )
+    for part in ("models", "loss_scalers"):
+        if not isinstance(state[part], (list, tuple)):
+            raise ValueError(f"this is no cnmix state: its {part} are a {type(state[part]).__name__}, not a list")
     for saved in state["models"]:
         if not isinstance(saved, Mapping) or not isinstance(saved.get("modules"), Mapping):
             raise ValueError("this is no cnmix state: a model in it has no modules")
@@ -306,7 +309,8 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
     return {"modules": {fqn: module.quantizers.state_dict() for fqn, module in quantized_modules(model)}}
 
 
-def _check_names(model: str, present: set[str], saved: Mapping[str, Any]) -> None:
+def check_names_fit(model: str, present: set[str], saved: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming them, unless the modules in fixed point are those of the saved model."""
     stored = set(saved["modules"])
     if present != stored:
         parts = []
@@ -323,5 +327,5 @@ def _load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 
 def _some(names: set[str], limit: int = 5) -> str:
-    listed = ", ".join(repr(name) for name in sorted(names)[:limit])
+    listed = ", ".join(repr(name) if name else "the model itself" for name in sorted(names)[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

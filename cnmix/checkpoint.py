@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
     Raises:
         ValueError: if an entry of ``extra`` has a reserved name.
     """
-    taken = {"state_dict", "cnmix", "optimizer"} & set(extra)
+    taken = {"state_dict", "cnmix"} & set(extra)
     if taken:
         raise ValueError(f"checkpoint entries called {sorted(taken)} are written by save itself: choose other names")
     checkpoint = {"state_dict": amp.unwrap(model).state_dict(), "cnmix": amp.state_dict(model), **extra}
@@ -38,15 +37,15 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
         checkpoint["optimizer"] = optimizer.state_dict()
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -61,13 +60,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it is truncated, no PyTorch checkpoint, or lacks ``state_dict`` or ``cnmix``.
     """
     checkpoint = read_plain(path)
+    try:
+        check(checkpoint)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return checkpoint
+
+
+def check(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError unless the dict has ``state_dict`` and a cnmix state."""
     missing = {"state_dict", "cnmix"} - set(checkpoint)
     if missing:
-        raise ValueError(
-            f"{path} has no {' and no '.join(sorted(missing))}; it has {', '.join(sorted(map(str, checkpoint))[:8])}"
-        )
+        has = ", ".join(sorted(map(str, checkpoint))[:8])
+        raise ValueError(f"the checkpoint has no {' and no '.join(sorted(missing))}; it has {has}")
     amp.check_state(checkpoint["cnmix"])
-    return checkpoint
 
 
 def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:

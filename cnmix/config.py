@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -64,6 +65,12 @@ class QuantizeConfig:
     exact_int31: bool = False
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # NumPy's numbers would make checkpoints that weights_only refuses
+            value = getattr(self, item.name)
+            if not isinstance(value, (int, float)) and isinstance(value, numbers.Number) and hasattr(value, "item"):
+                object.__setattr__(self, item.name, value.item())
+            elif isinstance(value, float):
+                object.__setattr__(self, item.name, float(value))
         check_bits(self.bitwidth, "bitwidth")
         check_bits(self.max_bitwidth, "max_bitwidth")
         if self.bitwidth > self.max_bitwidth:

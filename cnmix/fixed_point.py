@@ -54,7 +54,9 @@ def storage_dtype(bits: int) -> torch.dtype:
 def check_bits(bits: object, name: str = "bits") -> None:
     """Raises ValueError, naming the argument ``name``, unless ``bits`` is 8, 16 or 31."""
     if bits not in BITS or isinstance(bits, (bool, float)):
-        raise ValueError(f"{name} must be one of 8, 16, 31 (the widths of the MLU core), got {bits!r}")
+        number = isinstance(bits, (int, float)) and not isinstance(bits, bool) and math.isfinite(bits)
+        hint = f"; the nearest is {min(BITS, key=lambda width: abs(width - bits))}" if number else ""  # type: ignore[operator]
+        raise ValueError(f"{name} must be one of 8, 16, 31 (the widths of the MLU core), got {bits!r}{hint}")
 
 
 def limits(bits: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .. import amp
+from ..checkpoint import check
 from ..config import QuantizeConfig
-from ..nn import convert, convertible_modules, quantized_modules
+from ..nn import QUANTIZED_CLASSES, convert, convertible_modules, quantized_modules
 
 __all__ = ["freeze", "prepare"]
 
@@ -30,16 +31,21 @@ def prepare(model: Model, checkpoint: Mapping[str, Any]) -> Model:
         The same model, in evaluation mode, its Linear and convolution modules computing on integers.
 
     Raises:
-        ValueError: if the checkpoint's modules are not the model's, or it holds several models.
+        ValueError: if it is no checkpoint of cnmix, its modules are not the model's, or it holds several models; the
+            model is unchanged then.
         RuntimeError: if the weights do not fit, or a module was not trained in fixed point.
     """
+    check(checkpoint)
     state = checkpoint["cnmix"]
-    amp.check_state(state)
     if len(state["models"]) != 1:
         raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
     saved = state["models"][0]["modules"]
+    stays_float = [
+        fqn for fqn, module in model.named_modules() if type(module) in QUANTIZED_CLASSES and fqn not in saved
+    ]
+    present = {*convertible_modules(model, stays_float), *(fqn for fqn, _ in quantized_modules(model))}
+    amp.check_names_fit(type(model).__name__, present, state["models"][0])
     model.load_state_dict(checkpoint["state_dict"], strict=True)
-    stays_float = [fqn for fqn in convertible_modules(model) if fqn not in saved]
     convert(model, QuantizeConfig(), stays_float)
     amp.load_state_dict(state, model)
     for fqn, module in quantized_modules(model):

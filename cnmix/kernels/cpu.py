@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..fixed_point import FixedPoint, limits, scale_by_power_of_two, storage_dtype
+from ..fixed_point import ROUNDINGS, FixedPoint, limits, scale_by_power_of_two, storage_dtype
 from . import reference
 from .int8_product import int8_matmul
 from .reference import output_size
@@ -31,12 +31,15 @@ def quantize(
     x: Tensor, bits: int, position: int, rounding: str = "nearest_even", *, seed: int = 0, stream: int = 0
 ) -> Tensor:
     """Quantizes finite floats, as ``reference.quantize`` does; keeps the memory layout of ``x``."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be nearest_even, half_up, half_away or stochastic, got {rounding!r}")
     source = x.detach()
     if source.dtype != torch.float32:
         source = source.to(torch.float32)
     if rounding == "stochastic" and not source.is_contiguous():
         # Random numbers go by logical index, not by place in memory.
-        source = source.contiguous()
+        flat_out = quantize(source.contiguous(), bits, position, rounding, seed=seed, stream=stream)
+        return torch.empty_like(source, dtype=flat_out.dtype).copy_(flat_out)
     out = torch.empty_like(source, dtype=storage_dtype(bits))
     order = sorted(range(source.dim()), key=source.stride, reverse=True)
     flat, flat_out = source.permute(order).reshape(-1), out.permute(order)
@@ -71,7 +74,7 @@ def matmul(a: FixedPoint, b: FixedPoint, *, exact_int31: bool = False) -> Tensor
     out = torch.empty((m, b.values.shape[1]), dtype=torch.float32)
     if not (a.finite and b.finite):
         return out.fill_(math.nan)
-    rows = m if a.bits == b.bits == 8 else max(1, _MATRIX_BLOCK // max(k, 1))
+    rows = max(m, 1) if a.bits == b.bits == 8 else max(1, _MATRIX_BLOCK // max(k, 1))
     right = b.values if a.bits == b.bits == 8 or exact_int31 else b.values.to(torch.float64)
     for start in range(0, m, rows):
         piece = out[start : start + rows]
@@ -222,8 +225,14 @@ def _gather(
     dtype, run = placed.dtype, placed.shape[-1] // groups
     for wide in (torch.int64, torch.int32, torch.int16):
         # The channels of a tap lie side by side: copy as many of them as one word takes.
-        if run * dtype.itemsize % wide.itemsize == 0 and wide.itemsize > dtype.itemsize and placed.is_contiguous():
-            return _gather(placed.view(wide), size, kernel, stride, dilation, groups).view(dtype)
+        ratio = wide.itemsize // dtype.itemsize
+        if ratio > 1 and run % ratio == 0 and placed.storage_offset() % ratio == 0 and placed.is_contiguous():
+            # view(dtype) also checks the strides of dimensions of size 1, which is_contiguous() passes over.
+            fresh = placed.as_strided(placed.shape, _row_major(placed.shape)).view(wide)
+            columns = _gather(fresh, size, kernel, stride, dilation, groups)
+            if columns.stride() != _row_major(columns.shape):
+                columns = torch.empty(columns.shape, dtype=wide).copy_(columns)
+            return columns.view(dtype)
     images, channels = placed.shape[0], placed.shape[-1]
     steps = placed.stride()[1:-1]
     windows = placed.as_strided(
@@ -239,6 +248,10 @@ def _gather(
     spatial = len(kernel)
     by_group = windows.movedim(1 + 2 * spatial, 0)
     return by_group.reshape(groups, images * math.prod(size), math.prod(kernel) * (channels // groups))
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _like_layout(out: Tensor, like: Tensor) -> Tensor:

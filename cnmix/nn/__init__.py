@@ -1,11 +1,19 @@
 """Quantized modules, their autograd functions, and the in-place conversion."""
 
 from .convert import convert, convertible_modules, quantized_modules
-from .modules import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLinear, QuantizedModule
+from .modules import (
+    QUANTIZED_CLASSES,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedLinear,
+    QuantizedModule,
+)
 from .quantizers import OPERANDS, ModuleQuantizers
 
 __all__ = [
     "OPERANDS",
+    "QUANTIZED_CLASSES",
     "ModuleQuantizers",
     "QuantizedConv1d",
     "QuantizedConv2d",

@@ -36,7 +36,7 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
     for fqn, module in chosen.items():
         converted = QUANTIZED_CLASSES[type(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
-        module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn)
+        module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn or type(module).__name__)
         module.__class__ = converted
     return list(chosen)
 
@@ -62,7 +62,11 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
 
 
 def _choose(model: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Module]:
-    names = [fqn for fqn, _ in model.named_modules()]
+    # A module that is registered under several names can be left out by any of them.
+    aliases: dict[int, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(fqn)
+    names = [fqn for each in aliases.values() for fqn in each]
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a list of module names, got the string {exclude!r}: write [{exclude!r}]")
     for pattern in exclude:
@@ -74,7 +78,7 @@ def _choose(model: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Module]:
         fqn: module
         for fqn, module in model.named_modules()
         if (type(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin))
-        and not any(_matches(fqn, pattern) for pattern in exclude)
+        and not any(_matches(alias, pattern) for pattern in exclude for alias in aliases[id(module)])
     }
 
 

@@ -6,6 +6,7 @@ grad_output once, for both of its products.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class _Product(torch.autograd.Function):
         qw = quantizers.quantize_weight(weight, training)
         exact = quantizers.config.exact_int31
         if geometry is None:
-            rows = qx._replace(values=qx.values.reshape(-1, qx.values.shape[-1]))
+            rows = _as_matrix(qx)
             columns = qw._replace(values=qw.values.t())
             y = kernels.matmul(rows, columns, exact_int31=exact).view(*x.shape[:-1], weight.shape[0])
             bias_shape: tuple[int, ...] = (-1,)
@@ -89,14 +90,20 @@ def _linear_gradients(
     ctx: Any, qg: FixedPoint, qx: FixedPoint | None, qw: FixedPoint | None
 ) -> tuple[Tensor | None, Tensor | None]:
     exact = ctx.quantizers.config.exact_int31
-    rows = qg._replace(values=qg.values.reshape(-1, ctx.weight_shape[0]))
+    rows = _as_matrix(qg)
     grad_x = grad_weight = None
     if qw is not None:
         grad_x = kernels.matmul(rows, qw, exact_int31=exact).view(ctx.x_shape)
     if qx is not None:
-        x_rows = qx._replace(values=qx.values.reshape(-1, ctx.weight_shape[1]))
-        grad_weight = kernels.matmul(rows._replace(values=rows.values.t()), x_rows, exact_int31=exact)
+        columns = rows._replace(values=rows.values.t())
+        grad_weight = kernels.matmul(columns, _as_matrix(qx), exact_int31=exact)
     return grad_x, grad_weight
+
+
+def _as_matrix(x: FixedPoint) -> FixedPoint:
+    """Returns (..., K) as (M, K)."""
+    *outer, inner = x.values.shape
+    return x._replace(values=x.values.reshape(math.prod(outer), inner))
 
 
 def _convolution_gradients(

@@ -48,7 +48,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         self._check_input(input)
-        if input.shape[-1] != self.in_features:
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"{self.quantizers.fqn!r} takes {self.in_features} features in the last dimension, got a tensor "
                 f"of shape {tuple(input.shape)}"
@@ -78,8 +78,10 @@ class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
             batched = F.pad(batched, self._reversed_padding_repeated_twice)
             padding = (0,) * spatial
         geometry = ConvolutionGeometry(self.stride, padding, self.dilation, self.groups)
-        training = self._moves_statistics()
-        y = convolution(batched, self.weight, self.bias, geometry, self.quantizers, training)
+        try:
+            y = convolution(batched, self.weight, self.bias, geometry, self.quantizers, self._moves_statistics())
+        except ValueError as error:
+            raise ValueError(f"{self.quantizers.fqn!r}: {error}") from error
         return y if batched.dim() == input.dim() else y.squeeze(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -67,6 +68,7 @@ class ModuleQuantizers:
     def config(self, config: QuantizeConfig) -> None:
         for _, quantizer in self:
             quantizer.config = config
+        self._weight_measured = False  # what was measured may come out otherwise now
 
     @property
     def frozen(self) -> bool:
@@ -160,6 +162,8 @@ def check_module_state(state: Any, fqn: str) -> None:
 
 
 def _fingerprint(weight: Tensor) -> Tensor:
-    flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach().flatten()
+    flat = weight.detach().flatten()
     step = max(1, flat.numel() // _FINGERPRINT_SIZE)
+    while math.gcd(step, weight.shape[-1]) > 1:  # or whole columns would never be looked at
+        step += 1
     return flat[::step]

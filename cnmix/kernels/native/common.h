@@ -1,0 +1,56 @@
+// What the compiled kernels share: threads, and which instructions this processor has.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define CNMIX_X86 1
+#include <immintrin.h>
+#define CNMIX_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define CNMIX_AVX2 __attribute__((target("avx2,fma")))
+#endif
+
+#define CNMIX_API extern "C" __attribute__((visibility("default")))
+
+namespace cnmix {
+
+enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+// The widest instructions that are to be used; cnmix_set_isa lowers it, for tests.
+extern Isa active_isa;
+Isa detect_isa();
+
+inline int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();  // torch.set_num_threads sets it: both load the same libgomp
+#else
+  return 1;
+#endif
+}
+
+// Calls body(begin, end) for pieces of [0, count), in parallel where each thread gets at least `grain`.
+template <typename Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  const int64_t threads = std::min<int64_t>(max_threads(), count / std::max<int64_t>(grain, 1));
+  if (threads <= 1) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const int64_t share = (count + threads - 1) / threads;
+    const int64_t begin = share * omp_get_thread_num();
+    const int64_t end = std::min(count, begin + share);
+    if (begin < end) body(begin, end);
+  }
+#endif
+}
+
+}  // namespace cnmix

@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import pytest
+
+MODULES = ("cnmix", "cnmix.checkpoint", "cnmix.core", "cnmix.inference", "cnmix.nn", "cnmix.strategies")
+OPTIONAL = ("lightning", "pytorch_lightning", "rich", "typer", "omegaconf", "sklearn", "matplotlib", "scipy", "pandas")
+
+
+def run(code, *options):
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
+
+
+def test_library_imports_no_optional_package():
+    done = run(f"import {', '.join(MODULES)}, sys; print([n for n in {OPTIONAL!r} if n in sys.modules])", "-W", "error")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "message"),
+    [
+        ("cnmix.lightning", "lightning", 'cnmix.lightning needs Lightning: pip install "cnmix[recipes]"'),
+        ("cnmix.cli", "typer", 'the command cnmix needs typer: pip install "cnmix[recipes]"'),
+    ],
+)
+def test_missing_package_is_named(module, missing, message):
+    hide = f"import sys, cnmix; sys.modules.update({{n: None for n in ({missing!r}, '{missing}.fabric')}})"
+    done = run(f"{hide}; import {module}")
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1]
+
+
+def test_command_help_imports_no_training():
+    done = run(
+        "import sys; sys.argv = ['cnmix', '--help']; from cnmix.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "print([name for name in ('lightning', 'sklearn', 'omegaconf') if name in sys.modules])"
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from cnmix.recipe import build_model, build_optimizer, fixed_point_settings, load_data, load_recipe
+
+DIGITS = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
+
+MODULE = """
+from torch import nn, zeros
+from torch.utils.data import TensorDataset
+
+class Net(nn.Linear):
+    def __init__(self, width: int = 2):
+        super().__init__(3, width)
+
+def load(count: int = 4):
+    data = TensorDataset(zeros(count, 3), zeros(count).long())
+    return data, data
+"""
+
+MINIMAL = {
+    "module": "own.py",
+    "model": {"name": "Net"},
+    "data": {"name": "load"},
+    "epochs": 1,
+    "optimizer": {"name": "SGD", "args": {"lr": 0.1}},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(recipe, module=MODULE):
+        (tmp_path / "own.py").write_text(module)
+        path = tmp_path / "own.yaml"
+        path.write_text(recipe if isinstance(recipe, str) else json.dumps(recipe))
+        return path
+
+    return make
+
+
+def test_shipped_recipes():
+    for path in DIGITS.parent.glob("*.yaml"):
+        recipe = load_recipe(path)
+        assert isinstance(recipe, DictConfig)
+        assert Path(recipe.module).is_file()
+        assert isinstance(build_model(recipe), nn.Module)
+        assert (recipe.cnmix.opt_level, recipe.cnmix.bitwidth, recipe.cnmix.max_bitwidth) == ("O1", 8, 31)
+
+
+def test_defaults_and_overrides(write):
+    recipe = load_recipe(write(MINIMAL), ["epochs=3", "optimizer.args.lr=0.5", "seeds=[4,5]", "cnmix.settings.gamma=1"])
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer.args.lr) == (3, 64, 0.5)
+    assert recipe.seeds == [4, 5]
+    assert recipe.scheduler.name is None
+    assert fixed_point_settings(recipe) == {"bitwidth": 8, "max_bitwidth": 31, "gamma": 1}
+    assert OmegaConf.is_readonly(recipe)
+
+
+def test_builders(write):
+    recipe = load_recipe(
+        write(MINIMAL),
+        ["model.args.width=5", "data.args.count=7", "scheduler.name=StepLR", "scheduler.args.step_size=2"],
+    )
+    model = build_model(recipe)
+    assert model.out_features == 5
+    assert len(load_data(recipe)[0]) == 7
+    optimizer, scheduler = build_optimizer(recipe, model.parameters())
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+
+
+def test_interpolation(write):
+    recipe = load_recipe(write({**MINIMAL, "batch_size": "${epochs}"}))
+    assert recipe.batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["epoch=3"], "unknown recipe key 'epoch': did you mean 'epochs'"),
+        (["optimizer.arg.lr=3"], "unknown recipe key under optimizer. 'arg': did you mean 'args'"),
+        (["cnmix.bitwith=8"], "did you mean 'bitwidth'"),
+        (["cnmix.settings.treshold=0.1"], "did you mean 'threshold'"),
+        (["cnmix.opt_level=o1"], "did you mean 'O1'"),
+        (["cnmix.bitwidth=9"], "bitwidth must be one of 8, 16, 31"),
+        (["cnmix.bitwidth=31", "cnmix.max_bitwidth=16"], "over max_bitwidth"),
+        (["epochs=many"], "epochs: .*many"),
+        (["epochs=2.5"], "epochs"),
+        (["epochs=0"], "epochs must be at least 1, got 0"),
+        (["batch_size=-1"], "batch_size must be at least 1, got -1"),
+        (["epochs=null"], "epochs"),
+        (["seeds=[]"], "seeds must name at least one seed"),
+        (["seeds=3"], "seeds"),
+        (["seeds=[a]"], "seeds"),
+        (["optimizer=SGD"], "optimizer"),
+        (["model.args=[1]"], "model.args"),
+        (["threads=0"], "threads must be at least 1, got 0"),
+        (["epochs"], "an override has the form key=value, got 'epochs'"),
+        (["batch_size=${nothing}"], "nothing"),
+    ],
+)
+def test_bad_override(overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(DIGITS, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({key: value for key, value in MINIMAL.items() if key != "epochs"}, "lacks epochs"),
+        ({key: value for key, value in MINIMAL.items() if key not in ("model", "module")}, "lacks model.name, module"),
+        ("[1, 2]", "must be a mapping of recipe keys"),
+        ("", "lacks"),
+        ("just text", "unknown recipe key 'just text'"),
+        ("epochs: [1", "own.yaml"),
+        ("\t- a", "own.yaml"),
+    ],
+)
+def test_bad_file(write, recipe, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(write(recipe))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "override", "message"),
+    [
+        (build_model, "model.name=net", "did you mean 'Net'"),
+        (build_model, "model.args.widht=3", "unknown key in model.args of Net 'widht': did you mean 'width'"),
+        (load_data, "data.name=laod", "did you mean 'load'"),
+        (load_data, "data.args.cuont=3", "did you mean 'count'"),
+        (None, "optimizer.name=SDG", "unknown name in torch.optim 'SDG': did you mean 'SGD'"),
+        (None, "optimizer.args.lrr=3", "did you mean 'lr'"),
+        (None, "optimizer.args.lr=-1", "Invalid learning rate: -1"),
+        (None, "scheduler.name=StepRL", "did you mean 'StepLR'"),
+    ],
+)
+def test_bad_names_of_what_is_built(write, build, override, message):
+    recipe = load_recipe(write(MINIMAL), [override])
+    with pytest.raises(ValueError, match=message):
+        build(recipe) if build else build_optimizer(recipe, [nn.Parameter(torch.zeros(1))])
+
+
+def test_missing_files(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        load_recipe(tmp_path)
+    recipe = load_recipe(write({**MINIMAL, "module": "nothing.py"}))
+    with pytest.raises(FileNotFoundError, match=r"module .*nothing.py is missing"):
+        build_model(recipe)
