@@ -25,9 +25,7 @@ from .fixed_point import (
     POSITION_MIN,
     FixedPoint,
     Rounding,
-    absmax,
     check_bits,
-    choose_position,
     dequantize,
 )
 
@@ -91,21 +89,21 @@ class OperandQuantizer:
         Outside training nothing is changed: the stored format serves, or before the first update one that fits ``x``.
         """
         state = self.state
-        x = x.detach().to(torch.float32)
-        largest = absmax(x)
-        if not math.isfinite(largest):
-            self._report_nonfinite()
-            state.step += training
-            return self._nothing(x)
-        if not training:
-            position = choose_position(largest, state.bits) if state.position is None else state.position
-            return self._quantize(x, position, self.rounding(training=False))
-        self._saw_nonfinite = False
-        due = self.due
-        state.step += 1
-        if due and largest > 0:  # an all-zero tensor says nothing of the range: look again at the next step
-            return self._update(x, largest)
-        return self._quantize(x, state.position or 0, self.rounding(training=True))
+        due = training and self.due
+        state.step += training
+        if due:
+            quantized = self._update(x)
+        else:
+            rounding = self.rounding(training)
+            quantized, _ = kernels.quantize_measured(
+                x, state.bits, state.position, rounding, seed=self.seed, stream=state.step
+            )
+        if quantized.finite:
+            self._saw_nonfinite = self._saw_nonfinite and not training
+        elif not self._saw_nonfinite:
+            self._saw_nonfinite = True
+            logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
+        return quantized
 
     @property
     def due(self) -> bool:
@@ -137,25 +135,32 @@ class OperandQuantizer:
         """
         self.state = parse_operand_state(state, self.name)
 
-    def _update(self, x: Tensor, largest: float) -> FixedPoint:
-        """Measures, adjusts the format, schedules the next update, and quantizes."""
+    def _update(self, x: Tensor) -> FixedPoint:
+        """Measures, adjusts the format, schedules the next update, and quantizes.
+
+        A tensor with NaN or infinity, and one of zeros alone, says nothing of the range: nothing is adjusted, and the
+        next step looks again.
+        """
         config, state = self.config, self.state
         threshold = config.threshold_for(self.product)
-        mean_magnitude = _sum_of_magnitudes(x) / x.numel()
         bits = state.bits
         while True:
-            position = choose_position(largest, bits)
-            quantized = FixedPoint(kernels.quantize(x, bits, position), bits, position)
-            error = quantization_error(x, quantized, config.error_measure, mean_magnitude)
+            quantized, found = kernels.quantize_measured(x, bits, None, measure=True)
+            if not found.absmax > 0 or not quantized.finite:
+                return quantized
+            error = quantization_error(x, quantized, config.error_measure, found)
             wider = [width for width in BITS if bits < width <= config.max_bitwidth]
             if error <= threshold or not wider or config.mode == "fixed_width":
                 break
             bits = wider[0]
-        self._schedule(position, error, widened=bits - state.bits)
+        self._schedule(quantized.position, error, widened=bits - state.bits)
         state.bits = bits
         state.exceeds_max_bitwidth = error > threshold
         rounding = self.rounding(training=True)
-        return quantized if rounding == "nearest_even" else self._quantize(x, position, rounding)
+        if rounding == "nearest_even":
+            return quantized
+        values = kernels.quantize(x, bits, quantized.position, rounding, seed=self.seed, stream=state.step)
+        return quantized._replace(values=values)
 
     def _schedule(self, position: int, error: float, widened: int = 0) -> None:
         """Takes this step's position and error into the state and sets the next update."""
@@ -189,23 +194,9 @@ class OperandQuantizer:
         interval = update_interval(position, self.state.moving_position, error, config)
         return min(interval, epoch - step)
 
-    def _quantize(self, x: Tensor, position: int, rounding: Rounding) -> FixedPoint:
-        bits = self.state.bits
-        values = kernels.quantize(x, bits, position, rounding, seed=self.seed, stream=self.state.step)
-        return FixedPoint(values, bits, position)
-
-    def _nothing(self, x: Tensor) -> FixedPoint:
-        bits, position = self.state.bits, self.state.position or 0
-        return FixedPoint(kernels.quantize(torch.zeros_like(x), bits, position), bits, position, finite=False)
-
-    def _report_nonfinite(self) -> None:
-        if not self._saw_nonfinite:
-            logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
-        self._saw_nonfinite = True
-
 
 def quantization_error(
-    x: Tensor, quantized: FixedPoint, measure: str = "mean", mean_magnitude: float | None = None
+    x: Tensor, quantized: FixedPoint, measure: str = "mean", found: kernels.Statistics | None = None
 ) -> float:
     """Measures the quantization error (QEM).
 
@@ -216,19 +207,17 @@ def quantization_error(
         x: float tensor, finite.
         quantized: the same tensor, quantized to nearest (under stochastic rounding the first form changes its meaning).
         measure: "mean" or "l1".
-        mean_magnitude: ``mean|x|`` where it is known already.
+        found: the sums of magnitudes, where they are known already.
     """
-    if x.numel() == 0:
-        return 0.0
-    mean = _sum_of_magnitudes(x) / x.numel() if mean_magnitude is None else mean_magnitude
-    if mean == 0:
+    sum_x = kernels.sum_of_magnitudes(x) if found is None else found.sum_x
+    if sum_x == 0:
         return 0.0
     if measure == "l1":
-        difference = _sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized)) / x.numel()
+        difference = kernels.sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized))
     else:
-        mean_quantized = math.ldexp(_sum_of_magnitudes(quantized.values) / x.numel(), quantized.position)
-        difference = abs(mean - mean_quantized)
-    return math.log2(difference / mean + 1)
+        sum_q = kernels.sum_of_magnitudes(quantized.values) if found is None else found.sum_q
+        difference = abs(sum_x - math.ldexp(sum_q, quantized.position))
+    return math.log2(difference / sum_x + 1)
 
 
 def update_interval(position: int, moving_position: float, error: float, config: QuantizeConfig) -> int:
@@ -267,21 +256,3 @@ def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
         if not right:
             raise ValueError(f"the saved {field} of {name} is out of its range: {value!r}")
     return OperandState(**state)
-
-
-def _sum_of_magnitudes(x: Tensor) -> float:
-    """Sums |x| of floats or integers, in an order that does not depend on the number of threads.
-
-    Rows of fixed length are summed each by one thread, then the row sums, which are too few to be split. Integers sum
-    exactly, floats in float64; a row of 4096 int8 magnitudes stays below float32's 2**24.
-    """
-    flat, row = x.detach().reshape(-1), 4096
-    summed = torch.float32 if x.dtype == torch.int8 else torch.float64
-    total = 0.0
-    for start in range(0, flat.numel(), row * 64):
-        # |-128| is no int8: convert first.
-        piece = flat[start : start + row * 64].to(summed).abs()
-        whole = piece.numel() // row * row
-        total += piece[:whole].view(-1, row).sum(1).sum(dtype=torch.float64).item()
-        total += piece[whole:].sum(dtype=torch.float64).item()
-    return total

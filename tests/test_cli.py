@@ -10,7 +10,6 @@ from cnmix import cli
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALL = ["seeds=[0]", "epochs=1", "threads=1", "model.args.channels=2", "batch_size=512"]
-
 KINDS = ["truncated", "text", "empty", "list", "foreign", "pickle", "misfit", "missing"]
 
 
@@ -187,9 +186,3 @@ def test_resume_another_network(command, trained):
 def test_resume_at_another_level(command, trained):
     last = trained / "O1-seed0" / "last.ckpt"
     refused(command("train", RECIPES / "digits.yaml", *SMALL, "cnmix.opt_level=O0", "--resume", last), "O0|conv1")
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_resume_a_finished_run(command, trained):
-    last = trained / "O1-seed0" / "last.ckpt"
-    refused(command("train", RECIPES / "digits.yaml", *SMALL, "epochs=1", "--resume", last), "epochs")

@@ -10,12 +10,6 @@ import cnmix
 from cnmix.optim import LossScaler, scaler_of
 
 
-def backward(model, optimizer, batch, factor=1.0):
-    x, y = batch()
-    with cnmix.scale_loss(F.cross_entropy(model(x), y) * factor, optimizer) as scaled:
-        scaled.backward()
-
-
 @pytest.fixture
 def dynamic(net):
     model = net()
@@ -25,14 +19,14 @@ def dynamic(net):
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])
-def test_overflow_skips_the_step_and_halves_the_scale(dynamic, step, batch, caplog, factor):
+def test_overflow_skips_the_step_and_halves_the_scale(dynamic, step, backward, caplog, factor):
     model, optimizer = dynamic
     step(model, optimizer)
     state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(dict(model.named_parameters()))
     with caplog.at_level(logging.INFO, logger="cnmix"):
         for halvings in (1, 2):
             optimizer.zero_grad()
-            backward(model, optimizer, batch, factor)
+            backward(model, optimizer, factor=factor)
             optimizer.step()
             assert scaler_of(optimizer).scale == 2.0 ** (16 - halvings)
     assert "step skipped, loss scale now 16384" in caplog.text
@@ -44,11 +38,11 @@ def test_overflow_skips_the_step_and_halves_the_scale(dynamic, step, batch, capl
     assert not torch.equal(model.fc2.weight, weights["fc2.weight"])
 
 
-def test_overflow_of_one_micro_batch_skips_the_whole_step(dynamic, batch):
+def test_overflow_of_one_micro_batch_skips_the_whole_step(dynamic, backward):
     model, optimizer = dynamic
     weight = model.fc2.weight.detach().clone()
-    backward(model, optimizer, batch, float("inf"))
-    backward(model, optimizer, batch)
+    backward(model, optimizer, factor=float("inf"))
+    backward(model, optimizer)
     optimizer.step()
     assert torch.equal(model.fc2.weight, weight)
     assert scaler_of(optimizer).scale == 2.0**15
@@ -65,19 +59,19 @@ def test_scale_doubles_after_2000_steps(dynamic, step, monkeypatch):
     assert scaler.steps_without_overflow == 0
 
 
-def test_gradients_keep_their_meaning_when_the_scale_changes(dynamic, batch):
+def test_gradients_keep_their_meaning_when_the_scale_changes(dynamic, backward):
     model, optimizer = dynamic
     model.eval()
-    backward(model, optimizer, batch)
+    backward(model, optimizer)
     once = model.fc2.weight.grad.clone()
     scaler_of(optimizer).scale /= 2
-    backward(model, optimizer, batch)
+    backward(model, optimizer)
     assert torch.equal(model.fc2.weight.grad, 2 * once)
 
 
 @pytest.mark.parametrize("first_step_skipped", [False, True])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_scheduler_around_a_skipping_step(net, batch, order, first_step_skipped):
+def test_scheduler_around_a_skipping_step(net, backward, order, first_step_skipped):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -89,7 +83,7 @@ def test_scheduler_around_a_skipping_step(net, batch, order, first_step_skipped)
     scheduler = scheduler or make()
     for index in range(3):
         optimizer.zero_grad()
-        backward(model, optimizer, batch, float("inf") if first_step_skipped and index == 0 else 1.0)
+        backward(model, optimizer, factor=float("inf") if first_step_skipped and index == 0 else 1.0)
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.0125
@@ -116,7 +110,7 @@ def test_lbfgs_closure_with_a_static_scale(net, batch):
     assert losses[1.0][-1] < losses[1.0][0]
 
 
-def test_several_optimizers(net, batch):
+def test_several_optimizers(net, backward):
     model = net()
     optimizers = [
         torch.optim.SGD([*model.conv.parameters(), *model.bn.parameters()], lr=0.1),
@@ -126,7 +120,7 @@ def test_several_optimizers(net, batch):
     assert same_model is model
     assert same_optimizers is optimizers
     before = copy.deepcopy(dict(model.named_parameters()))
-    backward(model, optimizers, batch)
+    backward(model, optimizers)
     for optimizer in optimizers:
         optimizer.step()
     assert not torch.equal(before["conv.weight"], model.conv.weight)
@@ -139,13 +133,13 @@ def test_several_optimizers(net, batch):
         pass
 
 
-def test_optimizers_that_share_a_parameter(net, batch):
+def test_optimizers_that_share_a_parameter(net, backward):
     gradients = []
     for scale in (1.0, 64.0):
         model = net().eval()
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(model.fc2.parameters(), lr=0.1)]
         cnmix.initialize(model, optimizers, loss_scale=scale, max_bitwidth=8)
-        backward(model, optimizers, batch)
+        backward(model, optimizers)
         gradients.append(model.fc2.weight.grad)
     assert torch.equal(*gradients)
 
@@ -165,12 +159,12 @@ def test_sparse_gradients():
     assert embedding.weight.grad.is_sparse
 
 
-def test_unused_parameters_and_none_gradients(net, batch):
+def test_unused_parameters_and_none_gradients(net, backward):
     model = net()
     unused = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([*model.parameters(), unused], lr=0.1)
     cnmix.initialize(model, optimizer, loss_scale="dynamic")
-    backward(model, optimizer, batch)
+    backward(model, optimizer)
     optimizer.step()
     assert unused.grad is None
 

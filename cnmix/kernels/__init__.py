@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import torch
 
-from . import reference
-from .cpu import convolution, convolution_grad_input, convolution_grad_weight, matmul, quantize
+from . import native, reference
+from .cpu import convolution, convolution_grad_input, convolution_grad_weight, matmul, to_channels_last
 from .int8_product import serving_variant
+from .native import Statistics
+from .quantization import quantize, quantize_measured, sum_of_magnitudes
 
 __all__ = [
+    "Statistics",
     "convolution",
     "convolution_grad_input",
     "convolution_grad_weight",
     "describe",
     "matmul",
     "quantize",
+    "quantize_measured",
     "reference",
     "show_config",
+    "sum_of_magnitudes",
+    "to_channels_last",
 ]
 
 
@@ -28,9 +34,9 @@ def describe() -> dict[str, str]:
     variant = serving_variant()
     return {
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "quantize": "torch, in blocks",
+        "compiled part": native.describe(),
         "int8 product": f"{variant.name}: {variant.reason}",
-        "int16 product": "float64, exact: K is cut where a sum could reach 2**53",
+        "int16 product": _int16_product(variant.name),
         "int31 product": "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
         "convolution": "windows gathered into a matrix, then the product of its widths",
     }
@@ -42,3 +48,9 @@ def show_config() -> None:
     width = max(map(len, entries))
     for name, text in entries.items():
         print(f"{name:<{width}}  {text}")
+
+
+def _int16_product(int8_variant: str) -> str:
+    if native.library() is not None and int8_variant == "int_mm":
+        return "int8 digits, exact; float64 for small ones, exact too"
+    return "float64, exact: K is cut where a sum could reach 2**53"

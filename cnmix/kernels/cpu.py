@@ -1,85 +1,39 @@
-"""The emulated core on torch's own CPU kernels, bit-equal to ``reference``.
+"""The emulated core on the CPU, bit-equal to ``reference``.
 
-int8 products run on the integer kernel. Wider ones run in float64 on integer values: exact wherever every sum stays
-below 2**53, and cut along K where it might not. int31 by default rounds its sums to float64 (normwise error below
-1e-14); its exact mode multiplies 16-bit halves. A convolution is its windows gathered into a matrix, then a product.
+int8 products run on the processor's integer units. An int16 operand is two int8 digits where the compiled part serves
+and the product is large enough to gain; else products with it run in float64 on integer values, exact since every sum
+stays below 2**53, or is cut along K where it might not. int31 by default rounds its sums to float64 (normwise error
+below 1e-14); its exact mode multiplies 16-bit halves. A convolution is its windows gathered into a matrix, then a
+product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..fixed_point import ROUNDINGS, FixedPoint, limits, scale_by_power_of_two, storage_dtype
-from . import reference
-from .int8_product import int8_matmul
+from ..fixed_point import FixedPoint, scale_by_power_of_two
+from . import native
+from .products import Sums, add_product, multiply_into, product_sums, round_into
 from .reference import output_size
 
-# Elements quantized at a time: the float32 block stays in the processor's second-level cache.
-_QUANTIZE_BLOCK = 1 << 18
-# Elements gathered or widened at a time, so that temporaries stay small whatever the batch.
+# Elements gathered at a time, so that temporaries stay in the cache whatever the batch.
 _MATRIX_BLOCK = 1 << 22
 
-Sums = dict[int, Tensor]
-"""Integer sums as ``sum(tensor * 2**shift)``: one int32, int64 or float64 tensor at shift 0, or three int64 tensors."""
 
-
-def quantize(
-    x: Tensor, bits: int, position: int, rounding: str = "nearest_even", *, seed: int = 0, stream: int = 0
-) -> Tensor:
-    """Quantizes finite floats, as ``reference.quantize`` does; keeps the memory layout of ``x``."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be nearest_even, half_up, half_away or stochastic, got {rounding!r}")
-    source = x.detach()
-    if source.dtype != torch.float32:
-        source = source.to(torch.float32)
-    if rounding == "stochastic" and not source.is_contiguous():
-        # Random numbers go by logical index, not by place in memory.
-        flat_out = quantize(source.contiguous(), bits, position, rounding, seed=seed, stream=stream)
-        return torch.empty_like(source, dtype=flat_out.dtype).copy_(flat_out)
-    out = torch.empty_like(source, dtype=storage_dtype(bits))
-    order = sorted(range(source.dim()), key=source.stride, reverse=True)
-    flat, flat_out = source.permute(order).reshape(-1), out.permute(order)
-    if not flat_out.is_contiguous():  # overlapping or gapped strides: take the logical order
-        flat, out = source.reshape(-1), torch.empty(source.shape, dtype=out.dtype)
-        flat_out = out
-    flat_out = flat_out.view(-1)
-    low, high = limits(bits)
-    buffer = torch.empty(min(_QUANTIZE_BLOCK, flat.numel()), dtype=torch.float32)
-    for start in range(0, flat.numel(), _QUANTIZE_BLOCK):
-        piece = flat[start : start + _QUANTIZE_BLOCK]
-        target = flat_out[start : start + _QUANTIZE_BLOCK]
-        if rounding != "nearest_even":
-            target.copy_(reference.quantize(piece, bits, position, rounding, seed=seed, stream=stream, start=start))
-            continue
-        block = buffer[: piece.numel()]
-        if abs(position) <= 126:
-            torch.mul(piece, 2.0**-position, out=block)
-        else:  # 2**-position is no normal float32; the two steps are exact
-            torch.mul(piece, 2.0 ** (-position // 2), out=block).mul_(2.0 ** (-position - -position // 2))
-        block.round_()
-        if bits == 31:  # 2**30 - 1 is no float32: clamp to 2**30 first, and to the limit as an integer
-            target.copy_(block.clamp_(low, -low)).clamp_(max=high)
-        else:
-            target.copy_(block.clamp_(low, high))
-    return out
-
-
-def matmul(a: FixedPoint, b: FixedPoint, *, exact_int31: bool = False) -> Tensor:
-    """Multiplies matrices: (M, K) by (K, N) gives float32 (M, N)."""
-    m, k = a.values.shape
-    out = torch.empty((m, b.values.shape[1]), dtype=torch.float32)
+def matmul(a: FixedPoint, b: FixedPoint, *, bias: Tensor | None = None, exact_int31: bool = False) -> Tensor:
+    """Multiplies matrices: (M, K) by (K, N) gives float32 (M, N), plus ``bias`` (N,) in float32 where given."""
     if not (a.finite and b.finite):
-        return out.fill_(math.nan)
-    rows = max(m, 1) if a.bits == b.bits == 8 else max(1, _MATRIX_BLOCK // max(k, 1))
-    right = b.values if a.bits == b.bits == 8 or exact_int31 else b.values.to(torch.float64)
-    for start in range(0, m, rows):
-        piece = out[start : start + rows]
-        _round_into(piece, _sums(a.values[start : start + rows], right, a.bits, b.bits, exact_int31))
-    return scale_by_power_of_two(out, a.position + b.position)
+        return torch.full((a.values.shape[0], b.values.shape[1]), math.nan)
+    return multiply_into(None, a.values, b.values, a, b, bias, exact_int31)
+
+
+def to_channels_last(x: FixedPoint) -> FixedPoint:
+    """Returns an operand (N, C, *spatial) with its channels side by side in memory, copied only where they are not."""
+    return x._replace(values=_channels_last(x.values).movedim(-1, 1))
 
 
 def convolution(
@@ -90,15 +44,21 @@ def convolution(
     dilation: Sequence[int],
     groups: int,
     *,
+    bias: Tensor | None = None,
+    channels_last: bool | None = None,
     exact_int31: bool = False,
 ) -> Tensor:
-    """Convolves (N, C, *spatial) with (O, C / groups, *kernel); float32 (N, O, *output) in the layout of ``x``."""
-    size = output_size(x.values.shape[2:], weight.values.shape[2:], stride, padding, dilation)
-    placed = _place(x.values, padding, padding, [1] * len(size))
+    """Convolves (N, C, *spatial) with (O, C / groups, *kernel) and adds ``bias`` (O,): float32 (N, O, *output).
+
+    The output's memory has channels last where ``channels_last`` says so; by default where that of ``x`` has.
+    """
+    kernel = weight.values.shape[2:]
+    size = output_size(x.values.shape[2:], kernel, stride, padding, dilation)
+    windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(size), groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps * C / groups, O / groups)
     matrix = weight.values.unflatten(0, (groups, -1)).movedim(2, -1).flatten(2).transpose(1, 2)
-    out = _correlate(placed, matrix, x, weight, size, weight.values.shape[2:], stride, dilation, exact_int31)
-    return _like_layout(out, x.values)
+    layout = _has_channels_last(x.values) if channels_last is None else channels_last
+    return _correlate(windows, matrix, x, weight, bias, layout, exact_int31)
 
 
 def convolution_grad_input(
@@ -110,11 +70,13 @@ def convolution_grad_input(
     dilation: Sequence[int],
     groups: int,
     *,
+    channels_last: bool | None = None,
     exact_int31: bool = False,
 ) -> Tensor:
-    """Returns the gradient of a convolution's input, float32 of shape ``input_size`` in the layout of ``grad_output``.
+    """Returns the gradient of a convolution's input, float32 of shape ``input_size``.
 
-    The transposed convolution as a plain one: grad_output spread out by the stride, kernel taps in reverse order.
+    The transposed convolution as a plain one: grad_output spread out by the stride, kernel taps in reverse order. The
+    memory has channels last where ``channels_last`` says so; by default where that of ``grad_output`` has.
     """
     kernel = weight.values.shape[2:]
     spatial = tuple(input_size)[2:]
@@ -123,13 +85,13 @@ def convolution_grad_input(
         n - 1 - (g - 1) * s + p
         for n, g, s, p in zip(spatial, grad_output.values.shape[2:], stride, padding, strict=True)
     ]
-    placed = _place(grad_output.values, before, after, stride)
+    ones = [1] * len(kernel)
+    windows = _Windows(grad_output.values, spatial, kernel, ones, dilation, before, after, stride, groups)
     flipped = weight.values.flip(list(range(2, weight.values.dim())))
     # (O, C / groups, *kernel) -> (groups, kernel taps * O / groups, C / groups)
     matrix = flipped.unflatten(0, (groups, -1)).movedim(1, -1).movedim(1, -1).flatten(1, -2)
-    ones = [1] * len(kernel)
-    out = _correlate(placed, matrix, grad_output, weight, spatial, kernel, ones, dilation, exact_int31)
-    return _like_layout(out, grad_output.values)
+    layout = _has_channels_last(grad_output.values) if channels_last is None else channels_last
+    return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31)
 
 
 def convolution_grad_weight(
@@ -148,48 +110,121 @@ def convolution_grad_weight(
     if not (grad_output.finite and x.finite):
         return torch.full(tuple(weight_size), math.nan)
     size = grad_output.values.shape[2:]
-    placed = _place(x.values, padding, padding, [1] * len(kernel))
-    total: Sums = {0: torch.zeros((groups, out_channels // groups, math.prod(kernel) * in_channels), dtype=torch.int64)}
-    for batch in _batches(placed, size, kernel):
-        left = grad_output.values[batch].movedim(1, -1).reshape(-1, groups, out_channels // groups)
-        columns = _gather(placed[batch], size, kernel, stride, dilation, groups)
-        part = _grouped_sums(left.permute(1, 2, 0), columns, grad_output.bits, x.bits, exact_int31)
-        total = {shift: total[shift] + part[shift] if shift in total else part[shift] for shift in part}
-    rounded = torch.empty(total[0].shape, dtype=torch.float32)
-    _round_into(rounded, total)
+    windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(kernel), groups)
+    left = _channels_last(grad_output.values).flatten(1, -2).unflatten(-1, (groups, out_channels // groups))
+    shape = (groups, out_channels // groups, math.prod(kernel) * in_channels)
+    total: Sums = {0: torch.zeros(shape, dtype=torch.int64)}
+    for batch in windows.batches():
+        rows = left[batch].flatten(0, 1).permute(1, 2, 0)
+        add_product(total, rows, windows.gather(batch), grad_output.bits, x.bits, exact_int31)
+    rounded = torch.empty(shape, dtype=torch.float32)
+    round_into(rounded, total)
     scale_by_power_of_two(rounded, grad_output.position + x.position)
     # (groups, O / groups, kernel taps * C / groups) -> (O, C / groups, *kernel)
     return rounded.view(out_channels, *kernel, in_channels).movedim(-1, 1).contiguous()
 
 
 def _correlate(
-    placed: Tensor,
+    windows: _Windows,
     matrix: Tensor,
     a: FixedPoint,
     b: FixedPoint,
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
+    bias: Tensor | None,
+    channels_last: bool,
     exact_int31: bool,
 ) -> Tensor:
-    """Multiplies the windows of (N, *padded, C) by ``matrix`` (groups, K, O); float32 (N, *size, groups * O)."""
+    """Multiplies the windows by ``matrix`` (groups, K, O / groups); float32 (N, O, *output)."""
     groups, _, out_channels = matrix.shape
-    out = torch.empty((placed.shape[0], *size, groups * out_channels), dtype=torch.float32)
+    images, positions, channels = windows.images, math.prod(windows.size), groups * out_channels
+    shape = (images, positions, channels) if channels_last else (images, channels, positions)
+    out = torch.empty(shape, dtype=torch.float32)
     if not (a.finite and b.finite):
-        return out.fill_(math.nan)
-    for batch in _batches(placed, size, kernel):
-        columns = _gather(placed[batch], size, kernel, stride, dilation, groups)
-        part = _grouped_sums(columns, matrix, a.bits, b.bits, exact_int31)
-        target = out[batch].view(-1, groups, out_channels).transpose(0, 1)
-        _round_into(target, part)
-    return scale_by_power_of_two(out, a.position + b.position)
+        out.fill_(math.nan)
+    elif groups == 1:
+        right = matrix[0]
+        for batch in windows.batches():
+            columns, target = windows.gather(batch)[0], out[batch]
+            if channels_last:
+                multiply_into(target.flatten(0, 1), columns, right, a, b, bias, exact_int31)
+            else:
+                multiply_into(target, columns, right, a, b, bias, exact_int31)
+    else:
+        for batch in windows.batches():
+            target = out[batch] if channels_last else out[batch].transpose(1, 2)
+            part = product_sums(windows.gather(batch), matrix, a.bits, b.bits, exact_int31)
+            part = {shift: sums.unflatten(1, (-1, positions)) for shift, sums in part.items()}
+            round_into(target.unflatten(-1, (groups, out_channels)).movedim(-2, 0), part)
+        scale_by_power_of_two(out, a.position + b.position)
+        if bias is not None:
+            out += bias if channels_last else bias.view(-1, 1)
+    if channels_last:
+        return out.view(images, *windows.size, channels).movedim(-1, 1)
+    return out.view(images, channels, *windows.size)
 
 
-def _batches(placed: Tensor, size: Sequence[int], kernel: Sequence[int]) -> list[slice]:
-    """Cuts the batch so that one piece's windows hold about ``_MATRIX_BLOCK`` elements."""
-    images = max(1, _MATRIX_BLOCK // max(1, math.prod(size) * math.prod(kernel) * placed.shape[-1]))
-    return [slice(start, start + images) for start in range(0, placed.shape[0], images)]
+class _Windows:
+    """The windows of a tensor (N, C, *spatial) that a convolution multiplies, gathered into matrices.
+
+    Args:
+        x: integers.
+        size: positions of the window, per spatial dimension.
+        kernel: taps.
+        stride: distance between positions.
+        dilation: distance between taps.
+        before: zeros in front of the tensor; negative cuts off.
+        after: zeros behind it; likewise.
+        step: distance of the tensor's elements from each other, with zeros between.
+        groups: groups of channels.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        size: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        before: Sequence[int],
+        after: Sequence[int],
+        step: Sequence[int],
+        groups: int,
+    ) -> None:
+        self.images, channels = x.shape[:2]
+        self.size = tuple(size)
+        self._elements = math.prod(size) * math.prod(kernel) * channels
+        library = native.library()
+        alone = groups == 1 and not any(before) and not any(after)
+        self.gather: Callable[[slice], Tensor]
+        """Returns the windows of some images: (groups, images * positions, taps * C / groups)."""
+        if alone and all(n == 1 for n in (*kernel, *stride, *step)):
+            pixels = _channels_last(x)
+            self.gather = lambda batch: pixels[batch].reshape(1, -1, channels)
+        elif groups == 1 and library is not None:
+            pixels = _channels_last(x)
+            geometry = (size, kernel, stride, dilation, before, step)
+            self.gather = lambda batch: native.gather(library, pixels[batch], *geometry).unsqueeze(0)
+        else:
+            placed = _place(x, before, after, step)
+            self.gather = lambda batch: _gather(placed[batch], size, kernel, stride, dilation, groups)
+
+    def batches(self) -> list[slice]:
+        """Cuts the batch so that one piece's windows hold about ``_MATRIX_BLOCK`` elements."""
+        images = max(1, _MATRIX_BLOCK // max(1, self._elements))
+        return [slice(start, start + images) for start in range(0, self.images, images)]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Returns (N, C, *spatial) as contiguous (N, *spatial, C), copied only where it must be."""
+    moved = x.movedim(1, -1)
+    library = native.library()
+    if moved.is_contiguous() or library is None or not x.is_contiguous():
+        return moved.contiguous()
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    return native.transpose(library, flat).view(moved.shape)
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    return x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _place(x: Tensor, before: Sequence[int], after: Sequence[int], step: Sequence[int]) -> Tensor:
@@ -252,77 +287,3 @@ def _gather(
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def _like_layout(out: Tensor, like: Tensor) -> Tensor:
-    """Turns (N, *spatial, C) into (N, C, *spatial), in memory as ``like`` is: channels last or contiguous."""
-    result = out.movedim(-1, 1)
-    channels_last = like.dim() > 3 and not like.is_contiguous() and like.movedim(1, -1).is_contiguous()
-    return result if channels_last else result.contiguous()
-
-
-def _grouped_sums(a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool) -> Sums:
-    """Multiplies (groups, M, K) by (groups, K, N)."""
-    if a.shape[0] == 1:
-        return {shift: part.unsqueeze(0) for shift, part in _sums(a[0], b[0], a_bits, b_bits, exact_int31).items()}
-    # Many small int8 products cost more in calls than one batched float64 product does in arithmetic.
-    if a_bits == b_bits == 8 and a.shape[1] * a.shape[2] * b.shape[2] >= 1 << 18:
-        return {0: torch.stack([int8_matmul(a[g], b[g]) for g in range(a.shape[0])])}
-    return _sums(a, b, a_bits, b_bits, exact_int31)
-
-
-def _sums(a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool) -> Sums:
-    """Multiplies (..., M, K) by (..., K, N) into exact sums, or float64 ones in int31's default mode."""
-    if a_bits == b_bits == 8 and a.dim() == 2:
-        return {0: int8_matmul(a, b)}
-    if max(a_bits, b_bits) < 31:
-        return {0: _exact_float64_matmul(a, b, a_bits + b_bits - 2)}
-    if not exact_int31:
-        return {0: torch.matmul(a.to(torch.float64), b.to(torch.float64))}
-    total: Sums = {}
-    for a_shift, a_part in _halves(a, a_bits):
-        for b_shift, b_part in _halves(b, b_bits):
-            part = _exact_float64_matmul(a_part, b_part, 32)
-            shift = a_shift + b_shift
-            total[shift] = total[shift] + part if shift in total else part
-    return total
-
-
-def _halves(values: Tensor, bits: int) -> list[tuple[int, Tensor]]:
-    return [(16, values >> 16), (0, values & 0xFFFF)] if bits == 31 else [(0, values)]
-
-
-def _exact_float64_matmul(a: Tensor, b: Tensor, product_bits: int) -> Tensor:
-    """Multiplies integers with products up to ``2**product_bits``, in pieces of K that stay below 2**53; int64."""
-    k = a.shape[-1]
-    limit = 1 << (53 - product_bits)
-    if k <= limit:
-        return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(torch.int64)
-    pieces = (
-        torch.matmul(
-            a[..., start : start + limit].to(torch.float64), b[..., start : start + limit, :].to(torch.float64)
-        ).to(torch.int64)
-        for start in range(0, k, limit)
-    )
-    total = next(pieces)
-    for piece in pieces:
-        total += piece
-    return total
-
-
-def _round_into(out: Tensor, sums: Sums) -> None:
-    """Rounds sums to float32 once, to nearest, ties to even."""
-    if list(sums) == [0]:
-        out.copy_(sums[0].view(out.shape))
-        return
-    zero = torch.zeros((), dtype=torch.int64)
-    middle = sums.get(16, zero)
-    low = ((middle & 0xFFFF) << 16) + sums[0]
-    high = sums.get(32, zero) + (middle >> 16) + (low >> 32)
-    low &= 0xFFFFFFFF
-    # value = high * 2**32 + low. Where it fits int64, convert it; else `high` has more bits than float32 keeps, and
-    # its last bit set for a rest below makes the one rounding come out as it would on the whole number.
-    fits = high.abs() < 1 << 30
-    whole = ((high << 32) | low).to(torch.float32)
-    jammed = (high | (low != 0)).to(torch.float32).mul_(2.0**32)
-    out.copy_(torch.where(fits, whole, jammed).view(out.shape))

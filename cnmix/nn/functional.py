@@ -17,6 +17,8 @@ from .. import kernels
 from ..fixed_point import FixedPoint
 from .quantizers import ModuleQuantizers
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class ConvolutionGeometry(NamedTuple):
     """Stride, padding and dilation per spatial dimension, and the groups of a convolution."""
@@ -46,13 +48,13 @@ class _Product(torch.autograd.Function):
         if geometry is None:
             rows = _as_matrix(qx)
             columns = qw._replace(values=qw.values.t())
-            y = kernels.matmul(rows, columns, exact_int31=exact).view(*x.shape[:-1], weight.shape[0])
-            bias_shape: tuple[int, ...] = (-1,)
+            y = kernels.matmul(rows, columns, bias=bias, exact_int31=exact).view(*x.shape[:-1], weight.shape[0])
         else:
-            y = kernels.convolution(qx, qw, *geometry, exact_int31=exact)
-            bias_shape = (-1, *(1 for _ in geometry.stride))
-        if bias is not None:
-            y += bias.view(bias_shape)
+            # Channels last once, for this product and grad_weight's.
+            qx = kernels.to_channels_last(qx)
+            ctx.channels_last = x.dim() > 3 and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+            ctx.channels_last = ctx.channels_last and not x.is_contiguous()
+            y = kernels.convolution(qx, qw, *geometry, bias=bias, channels_last=ctx.channels_last, exact_int31=exact)
 
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(qx.values if needs_weight else None, qw.values if needs_x else None)
@@ -110,9 +112,12 @@ def _convolution_gradients(
     ctx: Any, qg: FixedPoint, qx: FixedPoint | None, qw: FixedPoint | None
 ) -> tuple[Tensor | None, Tensor | None]:
     exact = ctx.quantizers.config.exact_int31
+    qg = kernels.to_channels_last(qg)
     grad_x = grad_weight = None
     if qw is not None:
-        grad_x = kernels.convolution_grad_input(qg, qw, ctx.x_shape, *ctx.geometry, exact_int31=exact)
+        grad_x = kernels.convolution_grad_input(
+            qg, qw, ctx.x_shape, *ctx.geometry, channels_last=ctx.channels_last, exact_int31=exact
+        )
     if qx is not None:
         grad_weight = kernels.convolution_grad_weight(qg, qx, ctx.weight_shape, *ctx.geometry, exact_int31=exact)
     return grad_x, grad_weight

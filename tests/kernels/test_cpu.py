@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cnmix.fixed_point import BITS, FixedPoint, limits
-from cnmix.kernels import cpu, reference
+from cnmix.kernels import cpu, products, quantization, reference
 
 from .strategies import (
     CONV_LAYOUTS,
@@ -24,6 +24,8 @@ from .strategies import (
     seeds,
     widths,
 )
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 all_mixes = st.tuples(widths, widths)
 exact_mixes = st.sampled_from([(a, b) for a in (8, 16) for b in (8, 16)] + [(8, 31), (31, 8)])
@@ -82,7 +84,7 @@ def test_exact_int31_matmul_is_that_of_pythons_integers(pair):
 def test_default_int31_sums_are_normwise_below_1e_14(a_bits, b_bits, m, k, n):
     for fill in ("random", "extremes"):
         a, b = integers((m, k), a_bits, fill, 1), integers((k, n), b_bits, fill, 2)
-        sums = cpu._sums(a, b, a_bits, b_bits, False)[0]
+        sums = products.product_sums(a, b, a_bits, b_bits, False)[0]
         assert sums.dtype == torch.float64
         columns = b.t().tolist()
         exact = [sum(p * q for p, q in zip(row, c, strict=True)) for row in a.tolist() for c in columns]
@@ -101,7 +103,7 @@ def test_sums_in_three_parts_round_once(parts, data):
         parts = [*parts, (high, 0, low)]
     columns = [torch.tensor(column) for column in zip(*parts, strict=True)]
     out = torch.empty(len(parts))
-    cpu._round_into(out, dict(zip((32, 16, 0), columns, strict=True)))
+    products.round_into(out, dict(zip((32, 16, 0), columns, strict=True)))
     exact = [(h << 32) + (m << 16) + n for h, m, n in parts]
     assert out.tolist() == [reference.round_to_float32(v) for v in exact]
 
@@ -122,7 +124,7 @@ def test_long_sums_have_their_closed_form(bits, k):
         va, vb = (limits(b)[end] for b, end in zip(bits, pick, strict=True))
         a, b = (integers((1, 1), width, "high" if end else "low") for width, end in zip(bits, pick, strict=True))
         left, right = FixedPoint(a.repeat(1, k), bits[0], 3), FixedPoint(b.repeat(k, 1), bits[1], -3)
-        sums = cpu._sums(left.values, right.values, *bits, True)
+        sums = products.product_sums(left.values, right.values, *bits, True)
         assert sum(part.item() << shift for shift, part in sums.items()) == k * va * vb
         result = cpu.matmul(left, right, exact_int31=True)
         assert result.item() == reference.round_to_float32(k * va * vb)
@@ -188,7 +190,7 @@ def test_grad_weight_sums_beyond_int32(bits):
 @pytest.mark.parametrize("groups", [2, 12])
 def test_grouped_int8_products_large_enough_for_the_integer_kernel(groups):
     case = conv_case(images=8, groups=groups, channels=48, out_each=8)
-    with mock.patch.object(cpu, "int8_matmul", wraps=cpu.int8_matmul) as spy:
+    with mock.patch.object(products, "int8_matmul", wraps=products.int8_matmul) as spy:
         results = case.run(cpu)
     assert (spy.call_count > 0) == (groups == 2)
     for result, expected in zip(results, case.run(reference), strict=True):
@@ -243,7 +245,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads, bits):
     for count in (1, 2):
         threads(count)
         results.append(
-            (cpu.matmul(a, b, exact_int31=True), *case.run(cpu, exact_int31=True), cpu.quantize(x, bits, -4))
+            (cpu.matmul(a, b, exact_int31=True), *case.run(cpu, exact_int31=True), quantization.quantize(x, bits, -4))
         )
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnmix.fixed_point import BITS, ROUNDINGS, limits, storage_dtype
-from cnmix.kernels import cpu, reference
+from cnmix.kernels import quantization, reference
 
 from .strategies import conv_layout, seeds, widths
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 words = st.integers(0, 2**64 - 1)
 roundings = st.sampled_from(ROUNDINGS)
@@ -22,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def same(x: torch.Tensor, bits: int, position: int, rounding: str, **key: int) -> bool:
-    result, expected = (k.quantize(x, bits, position, rounding, **key) for k in (cpu, reference))
+    result, expected = (k.quantize(x, bits, position, rounding, **key) for k in (quantization, reference))
     return result.dtype == expected.dtype == storage_dtype(bits) and torch.equal(result, expected)
 
 
@@ -43,7 +45,7 @@ def test_quantize_has_the_bits_of_the_reference(floats, halves, steps, bits, pos
     scaled = [h / 2 for h in halves] + [low + s / 2 for s in steps] + [high + s / 2 for s in steps]
     near = [v for v in (math.ldexp(s, position) for s in scaled) if abs(v) < 2.0**127]
     x = torch.tensor([*EDGES, *floats, *near], dtype=torch.float32)
-    with mock.patch.object(cpu, "_QUANTIZE_BLOCK", block):
+    with mock.patch.object(quantization, "_QUANTIZE_BLOCK", block):
         assert same(x, bits, position, rounding, seed=seed, stream=stream)
 
 
@@ -57,7 +59,7 @@ def test_ties_and_saturation_at_the_ends_of_the_positions(position, bits, roundi
     x = (torch.cat((halves, ends, -ends)).double() * 2.0**position).float()
     x = torch.cat((x[x.isfinite()], torch.nextafter(x, torch.zeros(())).nan_to_num(), torch.tensor(EDGES)))
     assert same(x, bits, position, rounding, seed=1, stream=2)
-    below, above = cpu.quantize(torch.tensor([-3.4e38, 3.4e38]), bits, 90, rounding).tolist()
+    below, above = quantization.quantize(torch.tensor([-3.4e38, 3.4e38]), bits, 90, rounding).tolist()
     assert (below, above) == (low, high)
 
 
@@ -70,8 +72,8 @@ def test_ties_round_as_named(bits):
         "half_away": [-3, -2, -1, 1, 2, 3],
     }
     for rounding, values in expected.items():
-        assert cpu.quantize(x, bits, 0, rounding).tolist() == values
-        assert cpu.quantize(x / 8, bits, -3, rounding).tolist() == values
+        assert quantization.quantize(x, bits, 0, rounding).tolist() == values
+        assert quantization.quantize(x / 8, bits, -3, rounding).tolist() == values
 
 
 def memory_layouts():
@@ -105,7 +107,7 @@ LAYOUTS = dict(memory_layouts())
 def test_any_memory_layout_has_the_bits_of_the_reference(layout, rounding, block):
     x = LAYOUTS[layout]
     before = x.clone()
-    with mock.patch.object(cpu, "_QUANTIZE_BLOCK", block):
+    with mock.patch.object(quantization, "_QUANTIZE_BLOCK", block):
         assert all(same(x, bits, -5, rounding, seed=4, stream=7) for bits in BITS)
     assert torch.equal(x, before)
 
@@ -114,7 +116,7 @@ def test_any_memory_layout_has_the_bits_of_the_reference(layout, rounding, block
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_quantize_keeps_the_memory_layout(layout, rounding):
     x = LAYOUTS[layout]
-    assert cpu.quantize(x, 8, -5, rounding).stride() == x.stride()
+    assert quantization.quantize(x, 8, -5, rounding).stride() == x.stride()
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -126,40 +128,40 @@ def test_more_than_one_block(rounding, count):
 def test_stochastic_rounding_of_a_transposed_matrix_of_several_blocks():
     x = normal(700, 800).t()
     assert same(x, 16, -12, "stochastic", seed=11)
-    result = cpu.quantize(x, 16, -12, "stochastic", seed=11)
-    assert torch.equal(result, cpu.quantize(x.contiguous(), 16, -12, "stochastic", seed=11))
-    assert not torch.equal(result, cpu.quantize(x, 16, -12, "stochastic", seed=12))
-    assert not torch.equal(result, cpu.quantize(x, 16, -12, "stochastic", seed=11, stream=1))
+    result = quantization.quantize(x, 16, -12, "stochastic", seed=11)
+    assert torch.equal(result, quantization.quantize(x.contiguous(), 16, -12, "stochastic", seed=11))
+    assert not torch.equal(result, quantization.quantize(x, 16, -12, "stochastic", seed=12))
+    assert not torch.equal(result, quantization.quantize(x, 16, -12, "stochastic", seed=11, stream=1))
 
 
 @given(seeds, st.sampled_from((torch.bfloat16, torch.float16, torch.float64)), widths, roundings, st.integers(-20, 4))
 @settings(max_examples=80, deadline=None)
 def test_other_float_types_are_read_as_float32(seed, dtype, bits, rounding, position):
     x = (normal(5, 9, seed=seed % 1000).double() * 16 + 1e-9).to(dtype).t()
-    result = cpu.quantize(x, bits, position, rounding, seed=seed)
+    result = quantization.quantize(x, bits, position, rounding, seed=seed)
     assert torch.equal(result, reference.quantize(x.float(), bits, position, rounding, seed=seed))
     assert torch.equal(result, reference.quantize(x, bits, position, rounding, seed=seed))
 
 
 def test_float64_just_above_a_tie_is_the_tie_in_float32():
     x = torch.tensor([0.5 + 1e-12, 2.5 - 1e-12], dtype=torch.float64)
-    assert cpu.quantize(x, 8, 0).tolist() == reference.quantize(x, 8, 0).tolist() == [0, 2]
+    assert quantization.quantize(x, 8, 0).tolist() == reference.quantize(x, 8, 0).tolist() == [0, 2]
 
 
 def test_quantize_takes_parameters():
     x = torch.nn.Parameter(normal(3, 4))
     assert same(x, 8, -5, "nearest_even")
-    assert not cpu.quantize(x, 8, -5, "half_up").requires_grad
+    assert not quantization.quantize(x, 8, -5, "half_up").requires_grad
 
 
 @pytest.mark.parametrize("bits", [0, 4, 32, 8.0, True, None, "8"])
 def test_quantize_refuses_other_widths(bits):
     with pytest.raises(ValueError, match="8, 16, 31"):
-        cpu.quantize(torch.zeros(2), bits, 0)
+        quantization.quantize(torch.zeros(2), bits, 0)
 
 
 @pytest.mark.parametrize("rounding", ["", "nearest", "up", None])
 @pytest.mark.parametrize("shape", [(), (2,), (0,)])
 def test_quantize_refuses_other_roundings(rounding, shape):
     with pytest.raises(ValueError, match="half_away or stochastic"):
-        cpu.quantize(torch.zeros(shape), 8, 0, rounding)
+        quantization.quantize(torch.zeros(shape), 8, 0, rounding)

@@ -1,0 +1,241 @@
+"""The compiled part of the core: a plain C library, loaded with ctypes where it was built.
+
+It needs no torch to build. Loaded after torch it shares torch's OpenMP, so that it follows ``torch.set_num_threads``
+and both use one set of threads. ctypes releases the interpreter lock for the time of a call. ``CNMIX_NATIVE=0`` in the
+environment leaves it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ISA = ("portable", "AVX2", "AVX-512")
+_ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
+
+
+class Statistics(NamedTuple):
+    """What one pass over a tensor finds.
+
+    Attributes:
+        absmax: largest magnitude; NaN or infinity where the tensor holds one.
+        position: the position used.
+        sum_x: sum of |x|, where measured.
+        sum_q: sum of |q|, where measured.
+    """
+
+    absmax: float
+    position: int
+    sum_x: float = 0.0
+    sum_q: float = 0.0
+
+
+class _Statistics(ctypes.Structure):
+    _fields_ = [
+        ("absmax", ctypes.c_double),
+        ("sum_x", ctypes.c_double),
+        ("sum_q", ctypes.c_int64),
+        ("position", ctypes.c_int32),
+    ]
+
+
+class _Windows(ctypes.Structure):
+    _fields_ = [
+        ("images", ctypes.c_int64),
+        ("run", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 3) for name in ("size", "output", "kernel", "stride", "dilation", "before", "step")),
+    ]
+
+
+class _Combine(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("p16", "p8a", "p8b", "p0", "row", "column")),
+        ("constant", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "total")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Returns the compiled library, or None where it was not built or is switched off."""
+    if os.environ.get("CNMIX_NATIVE", "1") == "0":
+        return None
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.is_file():
+            try:
+                return _declare(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError):  # built for another system, or by another version
+                return None
+    return None
+
+
+def describe() -> str:
+    """Says whether the compiled part serves, and with which instructions."""
+    native = library()
+    if native is not None:
+        return f"compiled, {_ISA[native.cnmix_isa(-1)]}, {native.cnmix_threads()} threads"
+    if os.environ.get("CNMIX_NATIVE", "1") == "0":
+        return "torch alone: CNMIX_NATIVE=0 switches the compiled part off"
+    return "torch alone: the compiled part was not built (it needs a C++ compiler when cnmix is installed)"
+
+
+def quantize(
+    native: ctypes.CDLL,
+    x: Tensor,
+    out: Tensor,
+    bits: int,
+    position: int | None,
+    rounding: str,
+    seed: int,
+    stream: int,
+    measure: bool,
+) -> Statistics:
+    """Quantizes dense float32 memory into ``out`` of the same layout; position None chooses the one that fits."""
+    found = _Statistics()
+    native.cnmix_quantize(
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        bits,
+        position is None,
+        position or 0,
+        _ROUNDING[rounding],
+        seed & 0xFFFFFFFFFFFFFFFF,
+        stream,
+        0,
+        measure,
+        ctypes.byref(found),
+    )
+    return Statistics(found.absmax, found.position, found.sum_x, found.sum_q)
+
+
+def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
+    """Returns contiguous (images, rows, columns) as contiguous (images, columns, rows)."""
+    images, rows, columns = x.shape
+    out = torch.empty((images, columns, rows), dtype=x.dtype)
+    native.cnmix_transpose(x.data_ptr(), out.data_ptr(), images, rows, columns, x.itemsize)
+    return out
+
+
+def gather(
+    native: ctypes.CDLL,
+    x: Tensor,
+    output: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    step: Sequence[int],
+) -> Tensor:
+    """Gathers the windows of contiguous (images, *size, channels) into (images * positions, taps * channels).
+
+    ``before`` is the zeros in front of each dimension (negative cuts off), ``step`` the distance between the input's
+    pixels, with zeros between them.
+    """
+    images, *size, channels = x.shape
+    missing = 3 - len(size)
+    windows = _Windows(images, channels * x.itemsize)
+    for name, values, neutral in (
+        ("size", size, 1),
+        ("output", output, 1),
+        ("kernel", kernel, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("before", before, 0),
+        ("step", step, 1),
+    ):
+        getattr(windows, name)[:] = [neutral] * missing + list(values)
+    out = torch.empty((images * math.prod(output), math.prod(kernel) * channels), dtype=x.dtype)
+    native.cnmix_gather(x.data_ptr(), out.data_ptr(), ctypes.byref(windows))
+    return out
+
+
+def dequantize_(native: ctypes.CDLL, sums: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Turns contiguous int32 sums (rows, columns) into float32 in the same memory: ``sum * scale (+ bias)``."""
+    native.cnmix_dequantize(sums.data_ptr(), *sums.shape, scale, None if bias is None else bias.data_ptr())
+    return sums.view(torch.float32)
+
+
+def dequantize_channels_first(
+    native: ctypes.CDLL, sums: Tensor, out: Tensor, scale: float, bias: Tensor | None
+) -> None:
+    """Turns contiguous int32 sums (images, positions, channels) into float32 (images, channels, positions)."""
+    bias_pointer = None if bias is None else bias.data_ptr()
+    native.cnmix_dequantize_channels_first(sums.data_ptr(), out.data_ptr(), *sums.shape, scale, bias_pointer)
+
+
+def split(native: ctypes.CDLL, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits a dense int16 tensor into int8 digits of the same layout: ``x = 256 * high + low + 128``."""
+    high, low = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x, dtype=torch.int8)
+    native.cnmix_split(x.data_ptr(), high.data_ptr(), low.data_ptr(), x.numel())
+    return high, low
+
+
+def matrix_sums(native: ctypes.CDLL, x: Tensor, by_row: bool) -> Tensor:
+    """Returns int64 row or column sums of an int8 or int16 matrix, contiguous or transposed contiguous."""
+    if not x.is_contiguous():
+        x, by_row = x.t(), not by_row
+    rows, columns = x.shape
+    out = torch.empty(rows if by_row else columns, dtype=torch.int64)
+    native.cnmix_sums(x.data_ptr(), rows, columns, x.itemsize, by_row, out.data_ptr())
+    return out
+
+
+def combine(
+    native: ctypes.CDLL,
+    parts: dict[str, Tensor | None],
+    constant: int,
+    *,
+    out: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Puts the digits' products together: rounded once into float32 ``out``, or added to int64 ``total``.
+
+    ``parts`` has int32 products p16, p8a, p8b, p0 and int64 sums row and column; see digits.cpp.
+    """
+    target = out if out is not None else total
+    if target is None:
+        raise ValueError("combine needs out or total")
+    pointers = {name: None if part is None else part.data_ptr() for name, part in parts.items()}
+    job = _Combine(*target.shape, constant=constant, scale=scale, **pointers)
+    job.bias = None if bias is None else bias.data_ptr()
+    job.out = None if out is None else out.data_ptr()
+    job.total = None if total is None else total.data_ptr()
+    native.cnmix_combine(ctypes.byref(job))
+
+
+def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, long, whole, single = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    for name, arguments in {
+        "cnmix_quantize": [
+            *(pointer, pointer, long, whole, whole, whole, whole),
+            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, pointer),
+        ],
+        "cnmix_transpose": [pointer, pointer, long, long, long, whole],
+        "cnmix_gather": [pointer, pointer, pointer],
+        "cnmix_dequantize": [pointer, long, long, single, pointer],
+        "cnmix_dequantize_channels_first": [pointer, pointer, long, long, long, single, pointer],
+        "cnmix_split": [pointer, pointer, pointer, long],
+        "cnmix_sums": [pointer, long, long, whole, whole, pointer],
+        "cnmix_combine": [pointer],
+    }.items():
+        function = getattr(native, name)
+        function.argtypes, function.restype = arguments, None
+    native.cnmix_isa.argtypes, native.cnmix_isa.restype = [whole], whole
+    native.cnmix_threads.argtypes, native.cnmix_threads.restype = [], whole
+    return native

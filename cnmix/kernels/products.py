@@ -1,0 +1,189 @@
+"""Exact integer matrix products for every mix of widths, and their one rounding to float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..fixed_point import FixedPoint, scale_by_power_of_two
+from . import native
+from .int8_product import MAX_K, int8_matmul, serving_variant
+
+# Rows widened to float64 at a time hold this many elements.
+_FLOAT64_BLOCK = 1 << 20
+# Multiplications from which int8 digits beat float64 in a product with an int16 operand: below, calls cost more.
+_DIGITS_GAIN = 1 << 20
+
+Sums = dict[int, Tensor]
+"""Integer sums as ``sum(tensor * 2**shift)``: one int32, int64 or float64 tensor at shift 0, or three int64 tensors."""
+
+
+def multiply_into(
+    out: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    a_format: FixedPoint,
+    b_format: FixedPoint,
+    bias: Tensor | None,
+    exact_int31: bool,
+) -> Tensor:
+    """Multiplies (M, K) by (K, N), rounds, scales and adds the bias.
+
+    Args:
+        out: contiguous float32 (M, N), or (images, N, positions) with M = images * positions; None makes the former.
+        a: integers of ``a_format``.
+        b: integers of ``b_format``.
+        a_format: width and position of ``a``; its values are not used.
+        b_format: of ``b``.
+        bias: float32 (N,), or None.
+        exact_int31: whether 31-bit operands multiply exactly.
+
+    Returns:
+        ``out``, or the new tensor.
+    """
+    m, n = a.shape[0], b.shape[1]
+    exponent = a_format.position + b_format.position
+    bits = (a_format.bits, b_format.bits)
+    library = native.library()
+    fused = library is not None and -126 <= exponent <= 127 and m * n > 0
+    if bias is not None:
+        bias = bias.detach().to(torch.float32).contiguous()
+    if library is not None and fused and bits == (8, 8) and a.shape[1] <= MAX_K:
+        sums = int8_matmul(a, b)
+        if out is None:
+            return native.dequantize_(library, sums, 2.0**exponent, bias)
+        if out.dim() == 3:
+            by_image = sums.view(out.shape[0], out.shape[2], n)
+            native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
+            return out
+        return out.copy_(native.dequantize_(library, sums, 2.0**exponent, bias))
+    target = out if out is not None and out.dim() == 2 else torch.empty((m, n), dtype=torch.float32)
+    if library is not None and fused and _uses_digits(a, b, bits):
+        parts, constant = _digit_products(a, b, bits)
+        native.combine(library, parts, constant, out=target, scale=2.0**exponent, bias=bias)
+    else:
+        rows = max(1, m if bits == (8, 8) else _FLOAT64_BLOCK // max(a.shape[1], 1))
+        right = b if bits == (8, 8) or exact_int31 else b.to(torch.float64)
+        for start in range(0, m, rows):
+            part = product_sums(a[start : start + rows], right, *bits, exact_int31)
+            round_into(target[start : start + rows], part)
+        scale_by_power_of_two(target, exponent)
+        if bias is not None:
+            target += bias
+    if out is None or out.dim() == 2:
+        return target
+    return out.copy_(target.view(out.shape[0], out.shape[2], n).transpose(1, 2))
+
+
+def add_product(total: Sums, a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool) -> None:
+    """Adds (groups, M, K) @ (groups, K, N) to ``total``, which starts as int64 zeros at shift 0."""
+    library = native.library()
+    if library is not None and a.shape[0] == 1 and list(total) == [0] and _uses_digits(a[0], b[0], (a_bits, b_bits)):
+        parts, constant = _digit_products(a[0], b[0], (a_bits, b_bits))
+        native.combine(library, parts, constant, total=total[0][0])
+        return
+    for shift, part in product_sums(a, b, a_bits, b_bits, exact_int31).items():
+        total[shift] = total[shift] + part if shift in total else part
+
+
+def product_sums(a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool) -> Sums:
+    """Multiplies (M, K) by (K, N), or (groups, M, K) by (groups, K, N): exact, or float64 in int31's default mode."""
+    if a.dim() == 3 and a.shape[0] == 1:
+        parts = product_sums(a[0], b[0], a_bits, b_bits, exact_int31)
+        return {shift: part.unsqueeze(0) for shift, part in parts.items()}
+    if a_bits == b_bits == 8:
+        if a.dim() == 2:
+            return {0: int8_matmul(a, b)}
+        # Many small int8 products cost more in calls than one batched float64 product does in arithmetic.
+        if a.shape[1] * a.shape[2] * b.shape[2] >= 1 << 18:
+            return {0: torch.stack([int8_matmul(a[g], b[g]) for g in range(a.shape[0])])}
+    if max(a_bits, b_bits) < 31:
+        return {0: _exact_float64_matmul(a, b, a_bits + b_bits - 2)}
+    if not exact_int31:
+        return {0: torch.matmul(a.to(torch.float64), b.to(torch.float64))}
+    total: Sums = {}
+    for a_shift, a_part in _halves(a, a_bits):
+        for b_shift, b_part in _halves(b, b_bits):
+            part = _exact_float64_matmul(a_part, b_part, 32)
+            shift = a_shift + b_shift
+            total[shift] = total[shift] + part if shift in total else part
+    return total
+
+
+def round_into(out: Tensor, sums: Sums) -> None:
+    """Rounds sums to float32 once, to nearest, ties to even."""
+    if list(sums) == [0]:
+        out.copy_(sums[0].view(out.shape))
+        return
+    zero = torch.zeros((), dtype=torch.int64)
+    middle = sums.get(16, zero)
+    low = ((middle & 0xFFFF) << 16) + sums[0]
+    high = sums.get(32, zero) + (middle >> 16) + (low >> 32)
+    low &= 0xFFFFFFFF
+    # value = high * 2**32 + low. Where it fits int64, convert it; else `high` has more bits than float32 keeps, and
+    # its last bit set for a rest below makes the one rounding come out as it would on the whole number.
+    fits = high.abs() < 1 << 30
+    whole = ((high << 32) | low).to(torch.float32)
+    jammed = (high | (low != 0)).to(torch.float32).mul_(2.0**32)
+    out.copy_(torch.where(fits, whole, jammed).view(out.shape))
+
+
+def _uses_digits(a: Tensor, b: Tensor, bits: tuple[int, int]) -> bool:
+    """Whether int8 digits serve a product with an int16 operand: fast integer units, and enough work."""
+    if 16 not in bits or 31 in bits or a.shape[1] > MAX_K:
+        return False
+    return a.shape[0] * a.shape[1] * b.shape[1] >= _DIGITS_GAIN and serving_variant().name == "int_mm"
+
+
+def _digit_products(a: Tensor, b: Tensor, bits: tuple[int, int]) -> tuple[dict[str, Tensor | None], int]:
+    """Multiplies the int8 digits of int16 operands into what ``native.combine`` takes: parts and a constant."""
+    library = native.library()
+    if library is None:
+        raise RuntimeError("digits need the compiled part")
+    a, b = _dense(a), _dense(b)
+    parts: dict[str, Tensor | None] = dict.fromkeys(("p16", "p8a", "p8b", "p0", "row", "column"))
+    constant = 0
+    if bits == (16, 16):
+        a_high, a_low = native.split(library, a)
+        b_high, b_low = native.split(library, b)
+        parts["p16"], parts["p0"] = int8_matmul(a_high, b_high), int8_matmul(a_low, b_low)
+        parts["p8a"], parts["p8b"] = int8_matmul(a_high, b_low), int8_matmul(a_low, b_high)
+        constant = -128 * 128 * a.shape[1]
+    elif bits == (16, 8):
+        high, low = native.split(library, a)
+        parts["p8a"], parts["p0"] = int8_matmul(high, b), int8_matmul(low, b)
+    else:
+        high, low = native.split(library, b)
+        parts["p8a"], parts["p0"] = int8_matmul(a, high), int8_matmul(a, low)
+    # The offset of one operand's digits meets the sum of the other operand.
+    if bits[1] == 16:
+        parts["row"] = native.matrix_sums(library, a, by_row=True)
+    if bits[0] == 16:
+        parts["column"] = native.matrix_sums(library, b, by_row=False)
+    return parts, constant
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def _halves(values: Tensor, bits: int) -> list[tuple[int, Tensor]]:
+    return [(16, values >> 16), (0, values & 0xFFFF)] if bits == 31 else [(0, values)]
+
+
+def _exact_float64_matmul(a: Tensor, b: Tensor, product_bits: int) -> Tensor:
+    """Multiplies integers with products up to ``2**product_bits``, in pieces of K that stay below 2**53; int64."""
+    k = a.shape[-1]
+    limit = 1 << (53 - product_bits)
+    if k <= limit:
+        return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(torch.int64)
+    pieces = (
+        torch.matmul(
+            a[..., start : start + limit].to(torch.float64), b[..., start : start + limit, :].to(torch.float64)
+        ).to(torch.int64)
+        for start in range(0, k, limit)
+    )
+    total = next(pieces)
+    for piece in pieces:
+        total += piece
+    return total

@@ -1,0 +1,147 @@
+"""Quantization on the CPU, bit-equal to ``reference.quantize``, with the statistics that the adaptive algorithm needs.
+
+The compiled part does it in one pass over the tensor; without it torch does, in blocks that stay in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..fixed_point import ROUNDINGS, FixedPoint, absmax, choose_position, limits, storage_dtype
+from . import native, reference
+from .native import Statistics
+
+# Elements quantized at a time: the float32 block stays in the processor's second-level cache.
+_QUANTIZE_BLOCK = 1 << 18
+
+
+def quantize(
+    x: Tensor, bits: int, position: int, rounding: str = "nearest_even", *, seed: int = 0, stream: int = 0
+) -> Tensor:
+    """Quantizes finite floats, as ``reference.quantize`` does; keeps the memory layout of ``x``."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be nearest_even, half_up, half_away or stochastic, got {rounding!r}")
+    source, out = _prepare(x, bits, rounding)
+    library = native.library()
+    if library is not None:
+        native.quantize(library, source, out, bits, position, rounding, seed, stream, False)
+    else:
+        _quantize_blocks(source, out, bits, position, rounding, seed, stream)
+    return _restore_layout(out, x)
+
+
+def quantize_measured(
+    x: Tensor,
+    bits: int,
+    position: int | None,
+    rounding: str = "nearest_even",
+    *,
+    seed: int = 0,
+    stream: int = 0,
+    measure: bool = False,
+) -> tuple[FixedPoint, Statistics]:
+    """Quantizes a tensor that may hold NaN or infinity, and says what it found.
+
+    Args:
+        x: float tensor of any shape, read as float32.
+        bits: 8, 16 or 31.
+        position: exponent of the step; None chooses the one that fits the largest magnitude.
+        rounding: as in ``reference.quantize``.
+        seed: likewise.
+        stream: likewise.
+        measure: also sum the magnitudes before and after.
+
+    Returns:
+        The operand, zeros and marked as not finite where ``x`` is not, and its statistics.
+    """
+    source, out = _prepare(x, bits, rounding)
+    library = native.library()
+    if library is not None:
+        found = native.quantize(library, source, out, bits, position, rounding, seed, stream, measure)
+    else:
+        largest = absmax(source)
+        if position is None:
+            position = choose_position(largest, bits) if math.isfinite(largest) else 0
+        found = Statistics(largest, position)
+        if math.isfinite(largest):
+            _quantize_blocks(source, out, bits, position, rounding, seed, stream)
+            if measure:
+                found = Statistics(largest, position, sum_of_magnitudes(source), sum_of_magnitudes(out))
+    finite = math.isfinite(found.absmax)
+    if not finite:
+        out.zero_()
+    return FixedPoint(_restore_layout(out, x), bits, found.position, finite), found
+
+
+def sum_of_magnitudes(x: Tensor) -> float:
+    """Sums |x| of floats or integers, in an order that does not depend on the number of threads.
+
+    Rows of fixed length are summed each by one thread, then the row sums, which are too few to be split. Integers sum
+    exactly, floats in float64; a row of 4096 int8 magnitudes stays below float32's 2**24.
+    """
+    flat, row = x.detach().reshape(-1), 4096
+    summed = torch.float32 if x.dtype == torch.int8 else torch.float64
+    total = 0.0
+    for start in range(0, flat.numel(), row * 64):
+        # |-128| is no int8: convert first.
+        piece = flat[start : start + row * 64].to(summed).abs()
+        whole = piece.numel() // row * row
+        total += piece[:whole].view(-1, row).sum(1).sum(dtype=torch.float64).item()
+        total += piece[whole:].sum(dtype=torch.float64).item()
+    return total
+
+
+def _prepare(x: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
+    """Returns dense float32 memory with the values of ``x``, and memory of the same layout for the integers."""
+    source = x.detach()
+    if source.dtype != torch.float32:
+        source = source.to(torch.float32)
+    if not source.is_contiguous() and (rounding == "stochastic" or not _is_dense(source)):
+        # Random numbers go by logical index, not by place in memory.
+        source = source.contiguous()
+    return source, torch.empty_like(source, dtype=storage_dtype(bits))
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in any order of the dimensions."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
+
+
+def _restore_layout(out: Tensor, x: Tensor) -> Tensor:
+    """Gives the integers the strides that ``empty_like(x)`` has."""
+    if out.stride() == x.stride() or x.is_contiguous():
+        return out
+    like = torch.empty_like(x, dtype=out.dtype)
+    return out if like.stride() == out.stride() else like.copy_(out)
+
+
+def _quantize_blocks(
+    source: Tensor, out: Tensor, bits: int, position: int, rounding: str, seed: int, stream: int
+) -> None:
+    flat, flat_out = _in_memory_order(source), _in_memory_order(out)
+    low, high = limits(bits)
+    buffer = torch.empty(min(_QUANTIZE_BLOCK, flat.numel()), dtype=torch.float32)
+    for start in range(0, flat.numel(), _QUANTIZE_BLOCK):
+        piece = flat[start : start + _QUANTIZE_BLOCK]
+        target = flat_out[start : start + _QUANTIZE_BLOCK]
+        if rounding != "nearest_even":
+            rounded = reference.quantize(piece, bits, position, rounding, seed=seed, stream=stream, start=start)
+            target.copy_(rounded)
+            continue
+        block = buffer[: piece.numel()]
+        if abs(position) <= 126:
+            torch.mul(piece, 2.0**-position, out=block)
+        else:  # 2**-position is no normal float32; the two steps are exact
+            torch.mul(piece, 2.0 ** (-position // 2), out=block).mul_(2.0 ** (-position - -position // 2))
+        block.round_()
+        if bits == 31:  # 2**30 - 1 is no float32: clamp to 2**30 first, and to the limit as an integer
+            target.copy_(block.clamp_(low, -low)).clamp_(max=high)
+        else:
+            target.copy_(block.clamp_(low, high))
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).view(-1)

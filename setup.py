@@ -1,0 +1,43 @@
+"""Builds the optional compiled kernels; everything else is in pyproject.toml."""
+
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildNative(build_ext):
+    """Compiles with OpenMP where the compiler has it, and without where it has not.
+
+    The extension is optional: where no compiler is found, the installation goes on without it.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        """Tries with OpenMP first."""
+        if sys.platform == "win32":  # the sources use GCC's and Clang's intrinsics and attributes
+            return
+        plain_compile, plain_link = list(ext.extra_compile_args), list(ext.extra_link_args)
+        try:
+            ext.extra_compile_args = [*plain_compile, "-fopenmp"]
+            ext.extra_link_args = [*plain_link, "-fopenmp"]
+            super().build_extension(ext)
+        except Exception:
+            ext.extra_compile_args, ext.extra_link_args = plain_compile, plain_link
+            super().build_extension(ext)
+
+
+native = "cnmix/kernels/native"
+setup(
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[
+        Extension(
+            "cnmix.kernels.native._native",
+            [f"{native}/quantize.cpp", f"{native}/layout.cpp", f"{native}/digits.cpp"],
+            depends=[f"{native}/common.h"],
+            # No contraction to fused multiply-add: a product and a sum round separately, as the reference defines.
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off"],
+            language="c++",
+            optional=True,
+        )
+    ],
+)

@@ -1,0 +1,91 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cnmix
+from cnmix import amp
+
+
+class Net(nn.Module):
+    """A convolution, a batch normalisation and two linear layers, for 3 classes of (N, 1, 6, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc1 = nn.Linear(64, 8)
+        self.fc2 = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(F.relu(self.bn(self.conv(x))).flatten(1))))
+
+
+@pytest.fixture(autouse=True)
+def process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gives each test a registry of its own, and puts torch's threads and random state back."""
+    monkeypatch.setattr(amp, "registry", amp._Registry())
+    threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_rng_state(random_state)
+
+
+@pytest.fixture
+def net() -> Callable[[int], Net]:
+    def build(seed: int = 0) -> Net:
+        torch.manual_seed(seed)
+        return Net()
+
+    return build
+
+
+@pytest.fixture
+def batch() -> Callable[[int], tuple[Tensor, Tensor]]:
+    def draw(seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        # A few large values, so that widths have a reason to grow.
+        x = torch.randn(size, 1, 6, 6, generator=generator)
+        x[0, 0, 0, 0] = 100.0 + seed
+        return x, torch.randint(0, 3, (size,), generator=generator)
+
+    return draw
+
+
+@pytest.fixture
+def backward(batch: Callable[[int], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """Forward and backward pass as scripts write them; returns the loss."""
+
+    def run(model: nn.Module, optimizer: Any, seed: int = 0, factor: float = 1.0) -> Tensor:
+        x, y = batch(seed)
+        loss = F.cross_entropy(model(x), y) * factor
+        with cnmix.scale_loss(loss, optimizer) as scaled_loss:
+            scaled_loss.backward()
+        return loss.detach()
+
+    return run
+
+
+@pytest.fixture
+def step(backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One training step as scripts write it; returns the loss."""
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(model, optimizer, seed)
+        optimizer.step()
+        return loss
+
+    return run
+
+
+@pytest.fixture
+def same_weights() -> Callable[[nn.Module, nn.Module], bool]:
+    def compare(a: nn.Module, b: nn.Module) -> bool:
+        ours, theirs = a.state_dict(), b.state_dict()
+        return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    return compare
