@@ -115,6 +115,13 @@ def initialize(
         if place in registry.waiting_models:
             present = {*names, *(fqn for fqn, _ in quantized_modules(model))}
             check_names_fit(type(model).__name__, present, registry.waiting_models[place])
+    for optimizer in optimizer_list:
+        before = scaler_of(optimizer)
+        if before is not None and before.requested != scale:
+            raise ValueError(
+                f"this {type(optimizer).__name__} was initialized before, with loss_scale {before.requested!r} and not "
+                f"{scale!r}: initialize a fresh optimizer"
+            )
     new_optimizers = [optimizer for optimizer in optimizer_list if scaler_of(optimizer) is None]
     scalers = [LossScaler(scale) for _ in new_optimizers]
     for place, scaler in enumerate(scalers, start=len(registry.optimizers)):
@@ -170,12 +177,14 @@ def scale_loss(loss: Tensor, optimizers: Any) -> Iterator[Tensor]:
     if any(scaler.scale != scale for scaler in known):
         raise ValueError("scale_loss got optimizers with different loss scales: scale a loss for each of them")
     if scale != 1.0:  # what accumulated so far is brought to the scale of what will be added
-        for optimizer in optimizer_list:
-            for gradient in gradients_of(optimizer):
-                gradient.mul_(scale)
-    yield loss if scale == 1.0 else loss * scale
-    for optimizer, scaler in zip(optimizer_list, known, strict=True):
-        scaler.unscale(list(gradients_of(optimizer)))
+        for gradient in gradients_of(optimizer_list):
+            gradient.mul_(scale)
+    try:
+        yield loss if scale == 1.0 else loss * scale
+    finally:
+        known[0].unscale(gradients_of(optimizer_list))
+        for scaler in known[1:]:
+            scaler.overflow |= known[0].overflow
 
 
 def state_dict(model: nn.Module | None = None) -> dict[str, Any]:
@@ -226,6 +235,8 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None) ->
     scalers = list(zip(registry.optimizers.values(), state["loss_scalers"], strict=False))
     for each, saved in placed:
         check_names_fit(type(each).__name__, {fqn for fqn, _ in quantized_modules(each)}, saved)
+    for scaler, saved in scalers:
+        scaler.check_state(saved)
     for scaler, saved in scalers:
         scaler.load_state_dict(saved)
     for each, saved in placed:

@@ -11,6 +11,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError as error:
     sys.exit(f'the command cnmix needs {error.name}: pip install "cnmix[recipes]"')
 
@@ -51,8 +52,8 @@ def train(
             table.add_row(fqn if operand == "input" else "", operand, *values, end_section=operand == "grad_output")
         console.print(table)
     console.print(_results_table(results))
-    console.print(f"Kept in {folder}", highlight=False, soft_wrap=True)
-    console.print(f"Evaluate with integers: cnmix eval {folder}", highlight=False, soft_wrap=True)
+    for line in (f"Kept in {folder}", f"Evaluate with integers: cnmix eval {folder}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -83,8 +84,8 @@ def main() -> None:
     """Runs the command; a mistake in what it was given is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,8 @@ def cnmix_set_amp_quantify_params(products: str, params: Mapping[str, Any]) -> N
         raise ValueError("batch_size and data_num go together: their quotient is the number of steps in an epoch")
     if "batch_size" in params:
         for name in ("batch_size", "data_num"):
-            if isinstance(params[name], bool) or not isinstance(params[name], (int, float)) or params[name] <= 0:
+            number = isinstance(params[name], (int, float)) and not isinstance(params[name], bool)
+            if not number or not 0 < params[name] < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {params[name]!r}")
         changes.setdefault("steps_per_epoch", steps_in_epoch(params["data_num"], params["batch_size"]))
     set_settings(_PRODUCTS[products], changes)

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class LossScaler:
     """
 
     def __init__(self, scale: float | str = 1.0) -> None:
+        self.requested = scale
         self.dynamic = scale == "dynamic"
         if not self.dynamic and (
             isinstance(scale, (str, bool)) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf
@@ -76,12 +77,8 @@ class LossScaler:
             "overflow": self.overflow,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned.
-
-        Raises:
-            ValueError: if a number is missing, or the saved scale was dynamic and this one is not, or the reverse.
-        """
+    def check_state(self, state: Any) -> None:
+        """Raises ValueError if a number is missing, or the saved scale was dynamic and this one is not, or reverse."""
         if not isinstance(state, Mapping) or set(state) != set(self.state_dict()):
             raise ValueError(f"the saved loss scale must have exactly {sorted(self.state_dict())}")
         if state["dynamic"] != self.dynamic:
@@ -89,6 +86,14 @@ class LossScaler:
             raise ValueError(
                 f"the saved loss scale is {kinds[state['dynamic']]}, and initialize was given {kinds[self.dynamic]}"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` returned.
+
+        Raises:
+            ValueError: as ``check_state`` does; nothing is changed then.
+        """
+        self.check_state(state)
         self.__dict__.update(state)
 
 
@@ -117,9 +122,13 @@ def scaler_of(optimizer: Any) -> LossScaler | None:
     return getattr(optimizer, _ATTRIBUTE, None)
 
 
-def gradients_of(optimizer: Any) -> Iterator[Tensor]:
-    """Yields the gradients of the optimizer's parameters."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                yield parameter.grad
+def gradients_of(optimizers: Iterable[Any]) -> list[Tensor]:
+    """Returns the gradients of the optimizers' parameters, each once; of sparse ones the values."""
+    parameters = {
+        id(parameter): parameter
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]

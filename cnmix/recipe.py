@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -105,32 +106,66 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override has the form key=value, got {override!r}")
-    schema = OmegaConf.structured(Recipe)
     try:
         given = OmegaConf.load(file)
-        if not isinstance(given, DictConfig):
-            raise ValueError(f"{file} must be a mapping of recipe keys")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    try:
         changes = OmegaConf.from_dotlist(list(overrides))
-        for source in (given, changes):
-            _check_keys(schema, source, "")
-        recipe = cast(DictConfig, OmegaConf.merge(schema, given, changes))
+    except (OmegaConfBaseException, TypeError) as error:
+        reason, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        raise ValueError(f"the overrides contradict each other: {reason}: {key}") from error
+    return merge_recipe(given, changes, where=str(file), folder=file.parent)
+
+
+def merge_recipe(*sources: Any, where: str, folder: Path) -> DictConfig:
+    """Merges mappings of recipe keys, the later ones over the earlier, and checks every name and value.
+
+    Args:
+        *sources: mappings, such as a recipe and overrides.
+        where: what messages call the recipe.
+        folder: what ``module`` is relative to.
+
+    Returns:
+        The resolved recipe, read-only.
+
+    Raises:
+        ValueError: as ``load_recipe`` does.
+    """
+    schema = OmegaConf.structured(Recipe)
+    try:
+        recipe = schema
+        for source in sources:
+            config = OmegaConf.create(source)
+            if not isinstance(config, DictConfig):
+                raise ValueError("must be a mapping of recipe keys")
+            _check_keys(schema, config, "")
+            recipe = OmegaConf.merge(recipe, config)
         OmegaConf.resolve(recipe)
         missing = sorted(OmegaConf.missing_keys(recipe))
-    except ConfigKeyError as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        _check_values(recipe)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}")
-    if not recipe.seeds:
-        raise ValueError(f"{file}: seeds must name at least one seed")
-    for name in ("batch_size", "epochs"):
-        if recipe[name] < 1:
-            raise ValueError(f"{file}: {name} must be at least 1, got {recipe[name]}")
-    recipe.module = str((file.parent / recipe.module).resolve())
-    find_level(recipe.cnmix.opt_level).defaults.replace(**fixed_point_settings(recipe))
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{where}: {key}{str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    recipe.module = str((folder / recipe.module).resolve())
     OmegaConf.set_readonly(recipe, True)
     return recipe
+
+
+def _check_values(recipe: DictConfig) -> None:
+    if not recipe.seeds:
+        raise ValueError("seeds must name at least one seed")
+    for seed in recipe.seeds:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seeds must lie in [0, 2**63), got {seed}")
+    for name in ("batch_size", "epochs", "threads"):
+        if recipe[name] is not None and recipe[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {recipe[name]}")
+    find_level(recipe.cnmix.opt_level).defaults.replace(**fixed_point_settings(recipe))
 
 
 def fixed_point_settings(recipe: DictConfig) -> dict[str, Any]:
@@ -198,11 +233,10 @@ def _check_keys(schema: DictConfig, given: DictConfig, prefix: str) -> None:
         f"recipe key under {prefix}" if prefix else "recipe key",
     )
     for key in given:
-        inner = schema._get_node(key)
-        value = given._get_node(key)
-        if (
-            isinstance(inner, DictConfig)
-            and OmegaConf.get_type(inner) not in (dict, None)
-            and isinstance(value, DictConfig)
-        ):
-            _check_keys(inner, value, prefix + str(key) + ".")
+        inner, value, name = schema._get_node(key), given._get_node(key), prefix + str(key)
+        if not isinstance(inner, DictConfig):
+            continue
+        if not isinstance(value, DictConfig):
+            raise ValueError(f"{name} must be a mapping of {', '.join(map(str, inner)) or 'arguments'}, got {value!s}")
+        if OmegaConf.get_type(inner) not in (dict, None):
+            _check_keys(inner, value, f"{name}.")

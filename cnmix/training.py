@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from . import checkpoint, inference
+from . import amp, checkpoint, inference
 from .lightning import CnmixPlugin
 from .nn import quantized_modules
-from .recipe import build_model, build_optimizer, fixed_point_settings, load_data
+from .recipe import build_model, build_optimizer, fixed_point_settings, load_data, merge_recipe
+from .strategies import find_level
 
 MODEL_FILE = "model.pt"
 
@@ -58,14 +59,16 @@ class Classification(pl.LightningModule):
     Args:
         model: maps a batch of inputs to logits or log-probabilities (N, classes).
         recipe: optimizer and schedule come from here.
+        level: opt level of this run, kept in the checkpoint.
+        seed: likewise.
     """
 
-    def __init__(self, model: nn.Module, recipe: DictConfig) -> None:
+    def __init__(self, model: nn.Module, recipe: DictConfig, level: str, seed: int) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
         self._random_state: Tensor | None = None
-        self.save_hyperparameters({"recipe": OmegaConf.to_container(recipe)})
+        self.save_hyperparameters({"recipe": OmegaConf.to_container(recipe), "level": level, "seed": seed})
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
@@ -131,16 +134,17 @@ def run_recipe(
     levels = [recipe.cnmix.opt_level]
     if compare and "O0" not in levels:
         levels.insert(0, "O0")
+    # What the recipe or the checkpoint has wrong is refused before a folder is made.
+    model = build_model(recipe)
+    build_optimizer(recipe, model.parameters())
+    modules = find_level(recipe.cnmix.opt_level).check(model, list(recipe.cnmix.exclude))
     if resume is not None:
         if len(levels) * len(recipe.seeds) > 1:
             raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare")
-        checkpoint.read_plain(resume)  # refuses a truncated or foreign file before a folder is made
+        _check_resumable(Path(resume), model, modules, recipe.epochs)
+    data = load_data(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    data = load_data(recipe)
-    build_optimizer(
-        recipe, build_model(recipe).parameters()
-    )  # refuses what the recipe has wrong, before a folder is made
     folder = _new_folder(Path(recipe.output) / name)
     OmegaConf.save(recipe, folder / "recipe.yaml")
     results: list[RunResult] = []
@@ -166,10 +170,10 @@ def train(
 ) -> tuple[RunResult, nn.Module]:
     """Trains the recipe's model once; returns the result and the trained model."""
     torch.manual_seed(seed)
-    task = Classification(build_model(recipe), recipe)
-    plugin = CnmixPlugin(
-        level, exclude=list(recipe.cnmix.exclude) if level != "O0" else [], settings=fixed_point_settings(recipe)
-    )
+    task = Classification(build_model(recipe), recipe, level, seed)
+    # The recipe names modules of the network, which is `model` in the task.
+    exclude = [f"model.{name}" for name in recipe.cnmix.exclude]
+    plugin = CnmixPlugin(level, exclude=exclude, settings=fixed_point_settings(recipe))
     shuffled = DistributedSampler(data[0], num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[var-annotated]
     # Loaders draw a seed whenever they start; from a generator of their own, that leaves dropout's random state alone.
     loader = DataLoader(data[0], recipe.batch_size, sampler=shuffled, generator=torch.Generator().manual_seed(seed))
@@ -242,19 +246,17 @@ def evaluate_checkpoints(path: str | os.PathLike[str]) -> Iterator[Evaluation]:
         raise FileNotFoundError(f"there is no {MODEL_FILE} in {place}: it is written when a run ends")
     for file in files:
         saved = _read_checkpoint(file)
-        recipe = OmegaConf.create(saved["recipe"])
-        if not isinstance(recipe, DictConfig):
-            raise ValueError(f"{file}: its recipe is no mapping")
+        recipe = merge_recipe(saved["recipe"], where=f"the recipe in {file}", folder=file.parent)
         _, test = load_data(recipe)
         model = build_model(recipe)
+        _check_weights_fit(model, saved["state_dict"], file)
         model.load_state_dict(saved["state_dict"], strict=True)
         float_accuracy, _ = evaluate(model, test)
         integer_accuracy = None
         if any(saved_model["modules"] for saved_model in saved["cnmix"]["models"]):
             integer_accuracy, _ = evaluate(inference.prepare(model, saved), test)
-        result = saved.get("result", {})
-        level = result.get("level", recipe.cnmix.opt_level)
-        yield Evaluation(str(file), level, result.get("seed", recipe.seeds[0]), float_accuracy, integer_accuracy)
+        result = {"level": recipe.cnmix.opt_level, "seed": recipe.seeds[0], **saved.get("result", {})}
+        yield Evaluation(str(file), result["level"], result["seed"], float_accuracy, integer_accuracy)
 
 
 def operand_rows(model: nn.Module) -> Iterator[tuple[str, str, int, int | None, int, int, float]]:
@@ -270,23 +272,47 @@ def _read_checkpoint(file: Path) -> Mapping[str, Any]:
     saved = checkpoint.read_plain(file)
     if "pytorch-lightning_version" in saved:
         prefix = "model."
-        models = saved.get(CnmixPlugin.__qualname__, {}).get("models", [])
+        known = saved.get(CnmixPlugin.__qualname__, {})
+        state = {"version": known.get("version", 1), "models": [], "loss_scalers": []}
+        for model in known.get("models", []):
+            modules = {fqn.removeprefix(prefix): each for fqn, each in model["modules"].items()}
+            state["models"].append({"modules": modules})
+        run = saved.get("hyper_parameters", {})
         saved = {
             "state_dict": {key.removeprefix(prefix): value for key, value in saved["state_dict"].items()},
-            "cnmix": {
-                "version": 1,
-                "models": [
-                    {"modules": {fqn.removeprefix(prefix): state for fqn, state in model["modules"].items()}}
-                    for model in models
-                ],
-                "loss_scalers": [],
-            },
-            "recipe": saved.get("hyper_parameters", {}).get("recipe"),
+            "cnmix": state,
+            "recipe": run.get("recipe"),
+            "result": {key: run[key] for key in ("level", "seed") if key in run},
+            "epoch": saved.get("epoch"),
         }
     missing = [key for key in ("state_dict", "cnmix", "recipe") if saved.get(key) is None]
     if missing:
         raise ValueError(f"{file} is no checkpoint of `cnmix train`: it has no {', '.join(missing)}")
+    try:
+        checkpoint.check(saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
     return saved
+
+
+def _check_resumable(file: Path, model: nn.Module, modules: list[str], epochs: int) -> None:
+    """Refuses a checkpoint that training cannot go on from: not Lightning's, of another network or level, or done."""
+    saved = _read_checkpoint(file)
+    if saved.get("epoch") is None:
+        raise ValueError(f"{file} is no checkpoint to go on from: give the last.ckpt of a run")
+    _check_weights_fit(model, saved["state_dict"], file)
+    states = saved["cnmix"]["models"] or [{"modules": {}}]
+    amp.check_names_fit(type(model).__name__, set(modules), states[0])
+    if saved["epoch"] + 1 >= epochs:
+        raise ValueError(f"{file} has trained {saved['epoch'] + 1} epochs already: give more with epochs=")
+
+
+def _check_weights_fit(model: nn.Module, weights: Mapping[str, Any], file: Path) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    different = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
+    if different:
+        raise ValueError(f"{file} is of another network than the recipe's: {', '.join(different[:5])} differ")
 
 
 def _test_loader(data: Dataset[Any]) -> DataLoader[Any]:
@@ -315,6 +341,7 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+            warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
             yield
     finally:

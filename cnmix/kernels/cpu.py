@@ -121,7 +121,8 @@ def convolution_grad_weight(
     round_into(rounded, total)
     scale_by_power_of_two(rounded, grad_output.position + x.position)
     # (groups, O / groups, kernel taps * C / groups) -> (O, C / groups, *kernel)
-    return rounded.view(out_channels, *kernel, in_channels).movedim(-1, 1).contiguous()
+    # Copied, since contiguous() lets a dimension of size 1 keep any stride, and DDP compares strides.
+    return torch.empty(tuple(weight_size)).copy_(rounded.view(out_channels, *kernel, in_channels).movedim(-1, 1))
 
 
 def _correlate(

@@ -9,7 +9,7 @@ from lightning.fabric.plugins import Precision
 from torch.nn import Module
 
 from .. import amp
-from ..nn import quantized_modules
+from ..nn import check_exclude, quantized_modules
 from ..strategies import find_level
 
 
@@ -25,6 +25,7 @@ class FabricCnmixPlugin(Precision):
         settings: further fields of ``cnmix.QuantizeConfig``.
 
     Raises:
+        TypeError: if ``exclude`` is a string.
         ValueError: for an unknown level or setting, or a value out of its range.
     """
 
@@ -40,6 +41,7 @@ class FabricCnmixPlugin(Precision):
         exclude: Sequence[str] = (),
         settings: dict[str, Any] | None = None,
     ) -> None:
+        check_exclude(exclude)
         given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch}
         given.update(settings or {})
         self.opt_level = opt_level

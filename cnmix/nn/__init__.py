@@ -1,6 +1,6 @@
 """Quantized modules, their autograd functions, and the in-place conversion."""
 
-from .convert import convert, convertible_modules, quantized_modules
+from .convert import check_exclude, convert, convertible_modules, quantized_modules
 from .modules import (
     QUANTIZED_CLASSES,
     QuantizedConv1d,
@@ -20,6 +20,7 @@ __all__ = [
     "QuantizedConv3d",
     "QuantizedLinear",
     "QuantizedModule",
+    "check_exclude",
     "convert",
     "convertible_modules",
     "quantized_modules",

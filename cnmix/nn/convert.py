@@ -61,14 +61,19 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
             yield fqn, module
 
 
+def check_exclude(exclude: Sequence[str]) -> None:
+    """Raises TypeError for a string where a list of names is meant."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a list of module names, got the string {exclude!r}: write [{exclude!r}]")
+
+
 def _choose(model: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Module]:
     # A module that is registered under several names can be left out by any of them.
     aliases: dict[int, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(fqn)
     names = [fqn for each in aliases.values() for fqn in each]
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a list of module names, got the string {exclude!r}: write [{exclude!r}]")
+    check_exclude(exclude)
     for pattern in exclude:
         if not any(_matches(fqn, pattern) for fqn in names):
             near = difflib.get_close_matches(pattern, names, n=1)
