@@ -138,7 +138,7 @@ def _correlate(
     groups, _, out_channels = matrix.shape
     images, positions, channels = windows.images, math.prod(windows.size), groups * out_channels
     shape = (images, positions, channels) if channels_last else (images, channels, positions)
-    out = torch.empty(shape, dtype=torch.float32)
+    out = native.with_huge_pages(torch.empty(shape, dtype=torch.float32))
     if not (a.finite and b.finite):
         out.fill_(math.nan)
     elif groups == 1:

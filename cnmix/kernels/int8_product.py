@@ -20,8 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .native import with_huge_pages
+
 MAX_K = 131071
 """The longest sum of products of two int8 values that cannot leave int32: 131072 * 2**14 is 2**31."""
+
+# Sums from which memory with huge pages is worth providing.
+_OUT_GAIN = 1 << 20
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,13 +67,20 @@ def _choose_variant(onednn: bool) -> Variant:
     if not onednn:
         return Variant("float64", _float64_product, "oneDNN is missing or switched off; torch's own int8 loop is slow")
     if _is_exact(torch._int_mm):
-        return Variant("int_mm", torch._int_mm, "torch._int_mm passed the self-test")
+        return Variant("int_mm", _int_mm, "torch._int_mm passed the self-test")
     if _is_exact(_split_product):
         reason = (
             "torch._int_mm returned wrong sums (no VNNI); with the operands split in halves it passed the self-test"
         )
         return Variant("int_mm_split", _split_product, reason)
     return Variant("float64", _float64_product, "torch._int_mm returned wrong sums in the self-test")
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    size = (a.shape[0], b.shape[1])
+    if size[0] * size[1] < _OUT_GAIN:
+        return torch._int_mm(a, b)
+    return torch._int_mm(a, b, out=with_huge_pages(torch.empty(size, dtype=torch.int32)))
 
 
 def _float64_product(a: Tensor, b: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def multiply_into(
             native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
             return out
         return out.copy_(native.dequantize_(library, sums, 2.0**exponent, bias))
-    target = out if out is not None and out.dim() == 2 else torch.empty((m, n), dtype=torch.float32)
+    target = out if out is not None and out.dim() == 2 else native.with_huge_pages(torch.empty((m, n)))
     if library is not None and fused and _uses_digits(a, b, bits):
         parts, constant = _digit_products(a, b, bits)
         native.combine(library, parts, constant, out=target, scale=2.0**exponent, bias=bias)

@@ -19,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# glibc maps allocations of this size anew each time, and faults them in page by page.
+_HUGE_PAGES_GAIN = 1 << 22
+
 _ISA = ("portable", "AVX2", "AVX-512")
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
@@ -92,6 +95,15 @@ def describe() -> str:
     return "torch alone: the compiled part was not built (it needs a C++ compiler when cnmix is installed)"
 
 
+def with_huge_pages(fresh: Tensor) -> Tensor:
+    """Asks for huge pages in a tensor that was just allocated, where it is large enough to gain; returns it."""
+    native = library()
+    size = fresh.numel() * fresh.itemsize
+    if native is not None and size >= _HUGE_PAGES_GAIN:
+        native.cnmix_huge_pages(fresh.data_ptr(), size)
+    return fresh
+
+
 def quantize(
     native: ctypes.CDLL,
     x: Tensor,
@@ -125,7 +137,7 @@ def quantize(
 def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
     """Returns contiguous (images, rows, columns) as contiguous (images, columns, rows)."""
     images, rows, columns = x.shape
-    out = torch.empty((images, columns, rows), dtype=x.dtype)
+    out = with_huge_pages(torch.empty((images, columns, rows), dtype=x.dtype))
     native.cnmix_transpose(x.data_ptr(), out.data_ptr(), images, rows, columns, x.itemsize)
     return out
 
@@ -158,7 +170,7 @@ def gather(
         ("step", step, 1),
     ):
         getattr(windows, name)[:] = [neutral] * missing + list(values)
-    out = torch.empty((images * math.prod(output), math.prod(kernel) * channels), dtype=x.dtype)
+    out = with_huge_pages(torch.empty((images * math.prod(output), math.prod(kernel) * channels), dtype=x.dtype))
     native.cnmix_gather(x.data_ptr(), out.data_ptr(), ctypes.byref(windows))
     return out
 
@@ -226,6 +238,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
             *(pointer, pointer, long, whole, whole, whole, whole),
             *(ctypes.c_uint64, ctypes.c_uint64, long, whole, pointer),
         ],
+        "cnmix_huge_pages": [pointer, long],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],
         "cnmix_gather": [pointer, pointer, pointer],
         "cnmix_dequantize": [pointer, long, long, single, pointer],

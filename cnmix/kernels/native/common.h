@@ -18,7 +18,31 @@
 
 #define CNMIX_API extern "C" __attribute__((visibility("default")))
 
+// Defines NAME, which calls the loop NAME_body compiled for the instructions of this processor.
+#if defined(CNMIX_X86)
+#define CNMIX_DISPATCH(NAME, PARAMETERS, ARGUMENTS)                          \
+  CNMIX_AVX512 void NAME##_avx512 PARAMETERS { NAME##_body ARGUMENTS; }      \
+  CNMIX_AVX2 void NAME##_avx2 PARAMETERS { NAME##_body ARGUMENTS; }          \
+  void NAME PARAMETERS {                                                     \
+    if (active_isa == AVX512) return NAME##_avx512 ARGUMENTS;                \
+    if (active_isa == AVX2) return NAME##_avx2 ARGUMENTS;                    \
+    NAME##_body ARGUMENTS;                                                   \
+  }
+#else
+#define CNMIX_DISPATCH(NAME, PARAMETERS, ARGUMENTS) \
+  void NAME PARAMETERS { NAME##_body ARGUMENTS; }
+#endif
+#define CNMIX_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define CNMIX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define CNMIX_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace cnmix {
+
+// Integer sums and the floats that replace them share memory.
+typedef float __attribute__((may_alias)) shared_float;
 
 enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 

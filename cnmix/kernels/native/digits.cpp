@@ -34,6 +34,46 @@ void sum_columns(const T* x, int64_t rows, int64_t columns, int64_t* out) {
   });
 }
 
+CNMIX_INLINE void split_digits_body(const int16_t* x, int8_t* high, int8_t* low, int64_t n) {
+  CNMIX_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    high[i] = static_cast<int8_t>(x[i] >> 8);
+    low[i] = static_cast<int8_t>((x[i] & 255) - 128);
+  }
+}
+CNMIX_DISPATCH(split_digits, (const int16_t* x, int8_t* high, int8_t* low, int64_t n), (x, high, low, n))
+
+// sums = base + 2**16 p16 + 2**8 (p8a + p8b) + p0 + 128 column
+CNMIX_INLINE void add_digits_body(int64_t* sums, int64_t n, int64_t base, const int32_t* p16, const int32_t* p8a,
+                                  const int32_t* p8b, const int32_t* p0, const int64_t* column) {
+  CNMIX_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) sums[i] = base + p0[i] + static_cast<int64_t>(p8a[i]) * 256;
+  if (p16) {
+    CNMIX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<int64_t>(p16[i]) * 65536 + static_cast<int64_t>(p8b[i]) * 256;
+  }
+  if (column) {
+    CNMIX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) sums[i] += 128 * column[i];
+  }
+}
+CNMIX_DISPATCH(add_digits,
+               (int64_t* sums, int64_t n, int64_t base, const int32_t* p16, const int32_t* p8a, const int32_t* p8b,
+                const int32_t* p0, const int64_t* column),
+               (sums, n, base, p16, p8a, p8b, p0, column))
+
+CNMIX_INLINE void round_sums_body(const int64_t* sums, float* out, int64_t n, float scale, const float* bias) {
+  if (bias) {
+    CNMIX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale + bias[i];
+  } else {
+    CNMIX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale;
+  }
+}
+CNMIX_DISPATCH(round_sums, (const int64_t* sums, float* out, int64_t n, float scale, const float* bias),
+               (sums, out, n, scale, bias))
+
 }  // namespace
 }  // namespace cnmix
 
@@ -41,10 +81,7 @@ using namespace cnmix;
 
 CNMIX_API void cnmix_split(const int16_t* x, int8_t* high, int8_t* low, int64_t n) {
   parallel_for(n, 65536, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      high[i] = static_cast<int8_t>(x[i] >> 8);
-      low[i] = static_cast<int8_t>((x[i] & 255) - 128);
-    }
+    split_digits(x + begin, high + begin, low + begin, end - begin);
   });
 }
 
@@ -56,7 +93,8 @@ CNMIX_API void cnmix_sums(const void* x, int64_t rows, int64_t columns, int item
   if (itemsize == 2 && !by_row) sum_columns(static_cast<const int16_t*>(x), rows, columns, out);
 }
 
-// The integer (p16 << 16) + ((p8a + p8b) << 8) + p0 + 128 * (row + column) + constant of each element; a null part is 0.
+// The integer (p16 << 16) + ((p8a + p8b) << 8) + p0 + 128 * (row + column) + constant of each element; p16 and p8b may be null
+// together, and so may row and column each.
 // Rounds it once into floats times a power of two (+ bias per column), or adds it to int64 totals.
 struct CnmixCombine {
   int64_t rows, columns;
@@ -78,22 +116,12 @@ CNMIX_API void cnmix_combine(const CnmixCombine* job) {
       const int64_t base = w.constant + (w.row ? 128 * w.row[r] : 0);
       for (int64_t first = 0; first < w.columns; first += kPiece) {
         const int64_t n = std::min(kPiece, w.columns - first), at = r * w.columns + first;
-        for (int64_t i = 0; i < n; ++i) sums[i] = base + w.p0[at + i];
-        if (w.p16)
-          for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<int64_t>(w.p16[at + i]) * 65536;
-        if (w.p8a)
-          for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<int64_t>(w.p8a[at + i]) * 256;
-        if (w.p8b)
-          for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<int64_t>(w.p8b[at + i]) * 256;
-        if (w.column)
-          for (int64_t i = 0; i < n; ++i) sums[i] += 128 * w.column[first + i];
-        if (w.total) {
+        add_digits(sums, n, base, w.p16 ? w.p16 + at : nullptr, w.p8a + at, w.p8b ? w.p8b + at : nullptr, w.p0 + at,
+                   w.column ? w.column + first : nullptr);
+        if (w.total)
           for (int64_t i = 0; i < n; ++i) w.total[at + i] += sums[i];
-        } else if (w.bias) {
-          for (int64_t i = 0; i < n; ++i) w.out[at + i] = static_cast<float>(sums[i]) * w.scale + w.bias[first + i];
-        } else {
-          for (int64_t i = 0; i < n; ++i) w.out[at + i] = static_cast<float>(sums[i]) * w.scale;
-        }
+        else
+          round_sums(sums, w.out + at, n, w.scale, w.bias ? w.bias + first : nullptr);
       }
     }
   });
