@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..fixed_point import FixedPoint, scale_by_power_of_two
 from . import native
-from .products import Sums, add_product, multiply_into, product_sums, round_into
+from .products import Sums, add_product, multiply_into, product_sums, round_into, rounded
 from .reference import output_size
 
 # Elements gathered at a time, so that temporaries stay in the cache whatever the batch.
@@ -56,7 +56,7 @@ def convolution(
     size = output_size(x.values.shape[2:], kernel, stride, padding, dilation)
     windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(size), groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps * C / groups, O / groups)
-    matrix = weight.values.unflatten(0, (groups, -1)).movedim(2, -1).flatten(2).transpose(1, 2)
+    matrix = _channels_last(weight.values).flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
     layout = _has_channels_last(x.values) if channels_last is None else channels_last
     return _correlate(windows, matrix, x, weight, bias, layout, exact_int31)
 
@@ -87,9 +87,10 @@ def convolution_grad_input(
     ]
     ones = [1] * len(kernel)
     windows = _Windows(grad_output.values, spatial, kernel, ones, dilation, before, after, stride, groups)
-    flipped = weight.values.flip(list(range(2, weight.values.dim())))
-    # (O, C / groups, *kernel) -> (groups, kernel taps * O / groups, C / groups)
-    matrix = flipped.unflatten(0, (groups, -1)).movedim(1, -1).movedim(1, -1).flatten(1, -2)
+    # (O, C / groups, *kernel) -> (groups, kernel taps in reverse * O / groups, C / groups)
+    by_tap = _channels_last(weight.values).flatten(1, -2).unflatten(0, (groups, -1))
+    taps = [by_tap[:, :, tap] for tap in reversed(range(by_tap.shape[2]))]
+    matrix = torch.stack(taps, dim=1).flatten(1, 2)
     layout = _has_channels_last(grad_output.values) if channels_last is None else channels_last
     return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31)
 
@@ -112,17 +113,24 @@ def convolution_grad_weight(
     size = grad_output.values.shape[2:]
     windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(kernel), groups)
     left = _channels_last(grad_output.values).flatten(1, -2).unflatten(-1, (groups, out_channels // groups))
-    shape = (groups, out_channels // groups, math.prod(kernel) * in_channels)
-    total: Sums = {0: torch.zeros(shape, dtype=torch.int64)}
+    total: Sums = {}
     for batch in windows.batches():
         rows = left[batch].flatten(0, 1).permute(1, 2, 0)
-        add_product(total, rows, windows.gather(batch), grad_output.bits, x.bits, exact_int31)
-    rounded = torch.empty(shape, dtype=torch.float32)
-    round_into(rounded, total)
-    scale_by_power_of_two(rounded, grad_output.position + x.position)
+        columns = windows.gather(batch)
+        whole = left.shape[0] * left.shape[1]
+        add_product(total, rows, columns, grad_output.bits, x.bits, exact_int31, whole)
+    if not total:
+        return torch.zeros(tuple(weight_size))
     # (groups, O / groups, kernel taps * C / groups) -> (O, C / groups, *kernel)
-    # Copied, since contiguous() lets a dimension of size 1 keep any stride, and DDP compares strides.
-    return torch.empty(tuple(weight_size)).copy_(rounded.view(out_channels, *kernel, in_channels).movedim(-1, 1))
+    by_tap = rounded(total, grad_output.position + x.position).view(out_channels, math.prod(kernel), in_channels)
+    library = native.library()
+    if library is not None and by_tap.numel() > 0:
+        return native.transpose(library, by_tap).view(tuple(weight_size))
+    return (
+        torch.empty((out_channels, in_channels, math.prod(kernel)))
+        .copy_(by_tap.transpose(1, 2))
+        .view(tuple(weight_size))
+    )
 
 
 def _correlate(
@@ -142,13 +150,14 @@ def _correlate(
     if not (a.finite and b.finite):
         out.fill_(math.nan)
     elif groups == 1:
-        right = matrix[0]
+        right, scratch = matrix[0], None
         for batch in windows.batches():
             columns, target = windows.gather(batch)[0], out[batch]
             if channels_last:
-                multiply_into(target.flatten(0, 1), columns, right, a, b, bias, exact_int31)
-            else:
-                multiply_into(target, columns, right, a, b, bias, exact_int31)
+                target = target.flatten(0, 1)
+            elif scratch is None:  # the first piece is the largest
+                scratch = native.with_huge_pages(torch.empty(target.numel(), dtype=torch.int32))
+            multiply_into(target, columns, right, a, b, bias, exact_int31, scratch)
     else:
         for batch in windows.batches():
             target = out[batch] if channels_last else out[batch].transpose(1, 2)
@@ -203,15 +212,21 @@ class _Windows:
         elif groups == 1 and library is not None:
             pixels = _channels_last(x)
             geometry = (size, kernel, stride, dilation, before, step)
-            self.gather = lambda batch: native.gather(library, pixels[batch], *geometry).unsqueeze(0)
+            # Every piece is gathered into the same memory: a matrix is used up before the next is made.
+            largest = min(self._images_at_once(), self.images) * self._elements
+            buffer = native.with_huge_pages(torch.empty(largest, dtype=x.dtype))
+            self.gather = lambda batch: native.gather(library, pixels[batch], *geometry, buffer).unsqueeze(0)
         else:
             placed = _place(x, before, after, step)
             self.gather = lambda batch: _gather(placed[batch], size, kernel, stride, dilation, groups)
 
     def batches(self) -> list[slice]:
         """Cuts the batch so that one piece's windows hold about ``_MATRIX_BLOCK`` elements."""
-        images = max(1, _MATRIX_BLOCK // max(1, self._elements))
+        images = self._images_at_once()
         return [slice(start, start + images) for start in range(0, self.images, images)]
+
+    def _images_at_once(self) -> int:
+        return max(1, _MATRIX_BLOCK // max(1, self._elements))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -39,18 +39,27 @@ class Variant(NamedTuple):
     reason: str
 
 
-def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+def int8_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiplies int8 matrices (M, K) and (K, N) exactly, for any strides and any size.
+
+    Args:
+        a: int8 (M, K).
+        b: int8 (K, N).
+        out: contiguous int32 (M, N) to write into, for K up to ``MAX_K``.
 
     Returns:
         (M, N) integer sums: int32, or int64 where K is over ``MAX_K``.
     """
     k = a.shape[1]
     if 0 in (a.shape[0], b.shape[1], k):
-        return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
-    product = serving_variant().product
+        return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32) if out is None else out.zero_()
+    variant = serving_variant()
+    product = variant.product
     if k <= MAX_K:
-        return product(_canonical(a), _canonical(b))
+        a, b = _canonical(a), _canonical(b)
+        if out is None:
+            return product(a, b)
+        return torch._int_mm(a, b, out=out) if variant.name == "int_mm" else out.copy_(product(a, b))
     total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int64)
     for start in range(0, k, MAX_K):
         total += product(_canonical(a[:, start : start + MAX_K]), _canonical(b[start : start + MAX_K]))

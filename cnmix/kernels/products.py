@@ -26,6 +26,7 @@ def multiply_into(
     b_format: FixedPoint,
     bias: Tensor | None,
     exact_int31: bool,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Multiplies (M, K) by (K, N), rounds, scales and adds the bias.
 
@@ -37,6 +38,7 @@ def multiply_into(
         b_format: of ``b``.
         bias: float32 (N,), or None.
         exact_int31: whether 31-bit operands multiply exactly.
+        scratch: flat int32 memory of at least M * N, to keep sums in on the way where that is needed.
 
     Returns:
         ``out``, or the new tensor.
@@ -49,14 +51,13 @@ def multiply_into(
     if bias is not None:
         bias = bias.detach().to(torch.float32).contiguous()
     if library is not None and fused and bits == (8, 8) and a.shape[1] <= MAX_K:
-        sums = int8_matmul(a, b)
-        if out is None:
+        if out is None or out.dim() == 2:  # the floats take the place of the sums
+            sums = int8_matmul(a, b, None if out is None else out.view(torch.int32))
             return native.dequantize_(library, sums, 2.0**exponent, bias)
-        if out.dim() == 3:
-            by_image = sums.view(out.shape[0], out.shape[2], n)
-            native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
-            return out
-        return out.copy_(native.dequantize_(library, sums, 2.0**exponent, bias))
+        sums = int8_matmul(a, b, None if scratch is None else scratch[: m * n].view(m, n))
+        by_image = sums.view(out.shape[0], out.shape[2], n)
+        native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
+        return out
     target = out if out is not None and out.dim() == 2 else native.with_huge_pages(torch.empty((m, n)))
     if library is not None and fused and _uses_digits(a, b, bits):
         parts, constant = _digit_products(a, b, bits)
@@ -75,15 +76,32 @@ def multiply_into(
     return out.copy_(target.view(out.shape[0], out.shape[2], n).transpose(1, 2))
 
 
-def add_product(total: Sums, a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool) -> None:
-    """Adds (groups, M, K) @ (groups, K, N) to ``total``, which starts as int64 zeros at shift 0."""
+def add_product(total: Sums, a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool, total_k: int) -> None:
+    """Adds (groups, M, K) @ (groups, K, N) to ``total``, which starts empty; the whole sum has length ``total_k``."""
     library = native.library()
-    if library is not None and a.shape[0] == 1 and list(total) == [0] and _uses_digits(a[0], b[0], (a_bits, b_bits)):
+    if library is not None and a.shape[0] == 1 and _uses_digits(a[0], b[0], (a_bits, b_bits)):
+        if not total:
+            total[0] = torch.zeros((1, a.shape[1], b.shape[2]), dtype=torch.int64)
         parts, constant = _digit_products(a[0], b[0], (a_bits, b_bits))
         native.combine(library, parts, constant, total=total[0][0])
         return
     for shift, part in product_sums(a, b, a_bits, b_bits, exact_int31).items():
-        total[shift] = total[shift] + part if shift in total else part
+        if shift not in total:
+            # int32 sums are kept where the whole sum fits them.
+            total[shift] = part if part.dtype != torch.int32 or total_k <= MAX_K else part.to(torch.int64)
+        else:
+            total[shift] += part
+
+
+def rounded(total: Sums, exponent: int) -> Tensor:
+    """Returns sums as float32 times ``2**exponent``; int32 ones may be overwritten."""
+    library = native.library()
+    first = total[0]
+    if library is not None and first.dtype == torch.int32 and first.is_contiguous() and -126 <= exponent <= 127:
+        return native.dequantize_(library, first.flatten(0, -2), 2.0**exponent, None).view(first.shape)
+    out = torch.empty(first.shape, dtype=torch.float32)
+    round_into(out, total)
+    return scale_by_power_of_two(out, exponent)
 
 
 def product_sums(a: Tensor, b: Tensor, a_bits: int, b_bits: int, exact_int31: bool) -> Sums:

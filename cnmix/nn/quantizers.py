@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..adaptive import OperandQuantizer, parse_operand_state
 from ..config import Product, QuantizeConfig
 from ..fixed_point import FixedPoint
@@ -101,6 +102,8 @@ class ModuleQuantizers:
                 quantizer.repeat()
             return known
         integers = quantizer(weight, training)
+        if self.product == "convolution":  # as its products want it
+            integers = kernels.to_channels_last(integers)
         if integers.finite:
             self._weight_key, self._weight_sample, self._weight_integers = key, sample.clone(), integers
             state = quantizer.state

@@ -151,8 +151,11 @@ def gather(
     dilation: Sequence[int],
     before: Sequence[int],
     step: Sequence[int],
+    buffer: Tensor,
 ) -> Tensor:
     """Gathers the windows of contiguous (images, *size, channels) into (images * positions, taps * channels).
+
+    The matrix lies at the beginning of ``buffer``, flat and of the same dtype.
 
     ``before`` is the zeros in front of each dimension (negative cuts off), ``step`` the distance between the input's
     pixels, with zeros between them.
@@ -170,7 +173,8 @@ def gather(
         ("step", step, 1),
     ):
         getattr(windows, name)[:] = [neutral] * missing + list(values)
-    out = with_huge_pages(torch.empty((images * math.prod(output), math.prod(kernel) * channels), dtype=x.dtype))
+    rows, columns = images * math.prod(output), math.prod(kernel) * channels
+    out = buffer[: rows * columns].view(rows, columns)
     native.cnmix_gather(x.data_ptr(), out.data_ptr(), ctypes.byref(windows))
     return out
 

@@ -75,6 +75,37 @@ CNMIX_INLINE void transposed_floats_body(const int32_t* sums, float* out, int64_
     }
   }
 }
+#if defined(CNMIX_X86)
+// A whole tile in registers.
+CNMIX_AVX512 void transposed_tile_avx512(const int32_t* sums, float* out, int64_t stride, int64_t to_stride, float scale,
+                                         const float* bias) {
+  __m512 r[16], t[16];
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + i * stride)), factor);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+  }
+  for (int j = 0; j < 16; ++j)
+    _mm512_storeu_ps(out + j * to_stride, bias ? _mm512_add_ps(r[j], _mm512_set1_ps(bias[j])) : r[j]);
+}
+#endif
+
 CNMIX_DISPATCH(transposed_floats,
                (const int32_t* sums, float* out, int64_t positions, int64_t channels, int64_t stride, int64_t to_stride,
                 float scale, const float* bias),
@@ -183,7 +214,7 @@ CNMIX_API void cnmix_dequantize(void* buffer, int64_t rows, int64_t columns, flo
 // Turns int32 sums (images, positions, channels) into floats (images, channels, positions), as above.
 CNMIX_API void cnmix_dequantize_channels_first(const int32_t* sums, float* out, int64_t images, int64_t positions,
                                                int64_t channels, float scale, const float* bias) {
-  constexpr int64_t kTile = 32;
+  constexpr int64_t kTile = 16;
   const int64_t strips = (positions + kTile - 1) / kTile;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, channels * kTile));
   parallel_for(images * strips, grain, [&](int64_t begin, int64_t end) {
@@ -191,6 +222,14 @@ CNMIX_API void cnmix_dequantize_channels_first(const int32_t* sums, float* out, 
       const int64_t image = s / strips, first = (s % strips) * kTile, last = std::min(positions, first + kTile);
       const int32_t* from = sums + image * positions * channels;
       float* to = out + image * positions * channels;
+#if defined(CNMIX_X86)
+      if (active_isa == AVX512 && last - first == kTile && channels % kTile == 0) {
+        for (int64_t c = 0; c < channels; c += kTile)
+          transposed_tile_avx512(from + first * channels + c, to + c * positions + first, channels, positions, scale,
+                                 bias ? bias + c : nullptr);
+        continue;
+      }
+#endif
       transposed_floats(from + first * channels, to + first, last - first, channels, channels, positions, scale, bias);
     }
   });
