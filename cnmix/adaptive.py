@@ -51,6 +51,7 @@ class OperandState:
         updates: updates so far.
         last_update: step of the last update.
         exceeds_max_bitwidth: whether the error was over the threshold at the largest width allowed.
+        seed: key of the random numbers for stochastic rounding, 64 bits.
     """
 
     bits: int
@@ -63,6 +64,7 @@ class OperandState:
     updates: int = 0
     last_update: int = 0
     exceeds_max_bitwidth: bool = False
+    seed: int = 0
 
 
 class OperandQuantizer:
@@ -79,8 +81,7 @@ class OperandQuantizer:
         self.config = config
         self.product: Product = product
         self.name = name
-        self.seed = seed
-        self.state = OperandState(bits=config.bitwidth)
+        self.state = OperandState(bits=config.bitwidth, seed=seed)
         self._saw_nonfinite = False
 
     def __call__(self, x: Tensor, training: bool) -> FixedPoint:
@@ -96,7 +97,7 @@ class OperandQuantizer:
         else:
             rounding = self.rounding(training)
             quantized, _ = kernels.quantize_measured(
-                x, state.bits, state.position, rounding, seed=self.seed, stream=state.step
+                x, state.bits, state.position, rounding, seed=state.seed, stream=state.step
             )
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
@@ -159,7 +160,7 @@ class OperandQuantizer:
         rounding = self.rounding(training=True)
         if rounding == "nearest_even":
             return quantized
-        values = kernels.quantize(x, bits, quantized.position, rounding, seed=self.seed, stream=state.step)
+        values = kernels.quantize(x, bits, quantized.position, rounding, seed=state.seed, stream=state.step)
         return quantized._replace(values=values)
 
     def _schedule(self, position: int, error: float, widened: int = 0) -> None:

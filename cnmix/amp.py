@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import Product, QuantizeConfig
 from .nn import quantized_modules
-from .nn.quantizers import check_module_state
+from .nn.quantizers import check_module_state, check_widths
 from .optim import LossScaler, attach_scaler, gradients_of, scaler_of
 from .strategies import Strategy, find_level
 
@@ -115,6 +115,8 @@ def initialize(
         if place in registry.waiting_models:
             present = {*names, *(fqn for fqn, _ in quantized_modules(model))}
             check_names_fit(type(model).__name__, present, registry.waiting_models[place])
+            for fqn in present:
+                check_widths(registry.waiting_models[place]["modules"][fqn], fqn, config)
     for optimizer in optimizer_list:
         before = scaler_of(optimizer)
         if before is not None and before.requested != scale:
@@ -228,6 +230,7 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None) ->
         if len(state["models"]) != 1:
             raise ValueError(f"the state holds {len(state['models'])} models, and one model was given")
         check_names_fit(type(target).__name__, {fqn for fqn, _ in quantized_modules(target)}, state["models"][0])
+        _check_model_widths(target, state["models"][0])
         _load_model_state(target, state["models"][0])
         return
     present = list(registry.models)
@@ -235,6 +238,7 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None) ->
     scalers = list(zip(registry.optimizers.values(), state["loss_scalers"], strict=False))
     for each, saved in placed:
         check_names_fit(type(each).__name__, {fqn for fqn, _ in quantized_modules(each)}, saved)
+        _check_model_widths(each, saved)
     for scaler, saved in scalers:
         scaler.check_state(saved)
     for scaler, saved in scalers:
@@ -330,6 +334,11 @@ def check_names_fit(model: str, present: set[str], saved: Mapping[str, Any]) -> 
         if present - stored:
             parts.append(f"the model has {_some(present - stored)}, which the state lacks")
         raise ValueError(f"the cnmix state does not fit this {model}: {'; '.join(parts)}")
+
+
+def _check_model_widths(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    for fqn, module in quantized_modules(model):
+        check_widths(saved["modules"][fqn], fqn, module.quantizers.config)
 
 
 def _load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:

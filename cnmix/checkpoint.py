@@ -12,6 +12,9 @@ from torch import nn
 
 from . import amp
 
+# Where Lightning keeps the state of CnmixPlugin.
+_LIGHTNING_KEY = "CnmixPlugin"
+
 
 def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, **extra: Any) -> None:
     """Writes a checkpoint that ``torch.load(path, weights_only=True)`` reads.
@@ -53,13 +56,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, plain data only, and checks that it is one.
 
     Returns:
-        What ``save`` wrote.
+        What ``save`` wrote; or Lightning's checkpoint of a run with ``CnmixPlugin``, its state under ``cnmix`` too.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, no PyTorch checkpoint, or lacks ``state_dict`` or ``cnmix``.
     """
     checkpoint = read_plain(path)
+    if "cnmix" not in checkpoint and _LIGHTNING_KEY in checkpoint:
+        checkpoint["cnmix"] = checkpoint[_LIGHTNING_KEY]
     try:
         check(checkpoint)
     except (TypeError, ValueError) as error:
@@ -72,7 +77,9 @@ def check(checkpoint: Mapping[str, Any]) -> None:
     missing = {"state_dict", "cnmix"} - set(checkpoint)
     if missing:
         has = ", ".join(sorted(map(str, checkpoint))[:8])
-        raise ValueError(f"the checkpoint has no {' and no '.join(sorted(missing))}; it has {has}")
+        raise ValueError(
+            f"this is no checkpoint of training with cnmix: it lacks {' and '.join(sorted(missing))}; it has {has}"
+        )
     amp.check_state(checkpoint["cnmix"])
 
 
@@ -88,10 +95,8 @@ def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes make the unpickler fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is truncated, or no PyTorch checkpoint of tensors and plain data: {reason}"
-        ) from error
+        # Torch's own text recommends weights_only=False, which would run code from the file.
+        raise ValueError(f"{path} is truncated, or no PyTorch checkpoint of tensors and plain data") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint")
     return dict(checkpoint)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 except ModuleNotFoundError as error:
     sys.exit(f'the command cnmix needs {error.name}: pip install "cnmix[recipes]"')
+
+from .version import __version__
 
 if TYPE_CHECKING:
     from .training import RunResult
@@ -22,8 +25,16 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console()
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _describe() -> None:
+def _describe(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")] = False,
+) -> None:
     """Train PyTorch models in adaptive fixed point, and evaluate them with integers."""
 
 
@@ -40,7 +51,12 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     folder, results, model = run_recipe(
-        loaded, recipe.stem, compare=compare, resume=resume, progress=console.is_terminal
+        loaded,
+        recipe.stem,
+        compare=compare,
+        resume=resume,
+        progress=console.is_terminal,
+        report=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
     )
     rows = list(operand_rows(model))
     if rows:
@@ -52,23 +68,28 @@ def train(
             table.add_row(fqn if operand == "input" else "", operand, *values, end_section=operand == "grad_output")
         console.print(table)
     console.print(_results_table(results))
-    for line in (f"Kept in {folder}", f"Evaluate with integers: cnmix eval {folder}"):
+    lines = [f"Kept in {folder}"]
+    if rows:
+        lines.append(f"Evaluate with integers: cnmix eval {folder}")
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
+    module: Annotated[Path | None, typer.Option(help="The recipe's Python file, if it has moved.")] = None,
 ) -> None:
     """Evaluate checkpoints in float32 and with integers at the positions that training stored."""
     from .training import evaluate_checkpoints
 
     table = Table(title="Test accuracy")
-    for heading in ("level", "seed", "float32", "integer"):
-        table.add_column(heading, justify="left" if heading == "level" else "right")
-    for each in evaluate_checkpoints(path):
+    for heading in ("checkpoint", "level", "seed", "float32", "integer"):
+        table.add_column(heading, justify="left" if heading in ("checkpoint", "level") else "right", overflow="fold")
+    for each in evaluate_checkpoints(path, module):
         integer = "–" if each.integer_accuracy is None else f"{each.integer_accuracy:.2%}"
-        table.add_row(each.level, str(each.seed), f"{each.float_accuracy:.2%}", integer)
+        shown = str(Path(each.file).relative_to(path)) if path.is_dir() else path.name
+        table.add_row(escape(shown), each.level, str(each.seed), f"{each.float_accuracy:.2%}", integer)
     console.print(table)
 
 
@@ -84,6 +105,8 @@ def main() -> None:
     """Runs the command; a mistake in what it was given is one line, not a traceback."""
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)

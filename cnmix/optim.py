@@ -14,6 +14,8 @@ from torch import Tensor
 
 logger = logging.getLogger("cnmix")
 
+# Below this no gradient of a float32 model overflows for its scale: it is not finite by itself.
+_SMALLEST_SCALE = 2.0**-24
 _ATTRIBUTE = "_cnmix_scaler"
 
 
@@ -58,7 +60,7 @@ class LossScaler:
             return False
         skip, self.overflow = self.overflow, False
         if skip:
-            self.scale /= 2
+            self.scale = max(self.scale / 2, _SMALLEST_SCALE)
             self.steps_without_overflow = 0
             logger.info("gradient overflow: step skipped, loss scale now %g", self.scale)
             return True

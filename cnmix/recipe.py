@@ -6,6 +6,7 @@ else has a place in the schema below; an unknown key is refused with the nearest
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -17,14 +18,14 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from .config import check_names
+from .config import QuantizeConfig, check_names
 from .strategies import find_level
 
 
@@ -44,15 +45,20 @@ class OptionalCall:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class FixedPointSection:
-    """The arguments of ``cnmix.initialize``; ``settings`` has further fields of ``cnmix.QuantizeConfig``."""
+# The one setting that is the trainer's to say where the recipe does not.
+_FROM_TRAINER = "steps_per_epoch"
 
-    opt_level: str = "O1"
-    bitwidth: int = 8
-    max_bitwidth: int = 31
-    exclude: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+FixedPointSection = dataclasses.make_dataclass(
+    "FixedPointSection",
+    [
+        ("opt_level", str, "O1"),
+        ("exclude", list[str], field(default_factory=list)),
+        # Checked by QuantizeConfig, which knows the ranges.
+        *((each.name, Any, each.default) for each in dataclasses.fields(QuantizeConfig) if each.name != _FROM_TRAINER),
+        (_FROM_TRAINER, Any, None),
+    ],
+)
+"""The arguments of ``cnmix.initialize``: level, names to leave out, and the fields of ``cnmix.QuantizeConfig``."""
 
 
 @dataclass
@@ -82,7 +88,7 @@ class Recipe:
     scheduler: OptionalCall = field(default_factory=OptionalCall)
     seeds: list[int] = field(default_factory=lambda: [0])
     threads: int | None = None
-    cnmix: FixedPointSection = field(default_factory=FixedPointSection)
+    cnmix: FixedPointSection = field(default_factory=FixedPointSection)  # type: ignore[valid-type]
     output: str = "runs"
 
 
@@ -170,9 +176,9 @@ def _check_values(recipe: DictConfig) -> None:
 
 def fixed_point_settings(recipe: DictConfig) -> dict[str, Any]:
     """Returns the recipe's operand settings, as keywords of ``cnmix.QuantizeConfig``."""
-    section = recipe.cnmix
-    settings = OmegaConf.to_container(section.settings)
-    return {"bitwidth": section.bitwidth, "max_bitwidth": section.max_bitwidth, **dict(settings)}  # type: ignore[arg-type]
+    section = dict(OmegaConf.to_container(recipe.cnmix))  # type: ignore[arg-type]
+    left_out = {"opt_level", "exclude"} | ({_FROM_TRAINER} if section[_FROM_TRAINER] is None else set())
+    return {str(name): value for name, value in section.items() if name not in left_out}
 
 
 def build_model(recipe: DictConfig) -> nn.Module:
@@ -195,6 +201,10 @@ def build_optimizer(recipe: DictConfig, parameters: Any) -> tuple[Optimizer, LRS
     return optimizer, _call(make, recipe.scheduler.args, "scheduler.args", optimizer)
 
 
+# What the Python files of recipes are imported as.
+_RECIPE_MODULE = "cnmix_recipe_"
+
+
 def load_module(path: str) -> ModuleType:
     """Imports a Python file by its path.
 
@@ -202,8 +212,10 @@ def load_module(path: str) -> ModuleType:
         FileNotFoundError: if there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"the recipe's module {path} is missing")
-    spec = importlib.util.spec_from_file_location(f"cnmix_recipe_{Path(path).stem}", path)
+        raise FileNotFoundError(
+            f"the recipe's module {path} is missing (`cnmix eval` takes --module where it has moved)"
+        )
+    spec = importlib.util.spec_from_file_location(f"{_RECIPE_MODULE}{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"the recipe's module {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
@@ -213,7 +225,15 @@ def load_module(path: str) -> ModuleType:
 
 def getattr_or_explain(module: ModuleType, name: str) -> Callable[..., Any]:
     """Returns a public name of a module; raises ValueError with the nearest one where there is none."""
-    check_names([name], [each for each in vars(module) if not each.startswith("_")], f"name in {module.__name__}")
+    where = (
+        f"{module.__name__.removeprefix(_RECIPE_MODULE)}.py" if _RECIPE_MODULE in module.__name__ else module.__name__
+    )
+    public = [
+        each
+        for each, value in vars(module).items()
+        if not each.startswith("_") and getattr(value, "__module__", "").startswith(module.__name__)
+    ]
+    check_names([name], public, f"name in {where}")
     return getattr(module, name)
 
 
@@ -222,7 +242,7 @@ def _call(make: Callable[..., Any], args: Mapping[str, Any], where: str, *first:
     parameters = inspect.signature(make).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         names = [parameter.name for parameter in parameters][len(first) :]
-        check_names(plain, names, f"key in {where} of {make.__name__}")  # type: ignore[arg-type]
+        check_names(plain, names, f"argument of {make.__name__} in {where}:")  # type: ignore[arg-type]
     return make(*first, **plain)  # type: ignore[arg-type]
 
 
@@ -230,10 +250,12 @@ def _check_keys(schema: DictConfig, given: DictConfig, prefix: str) -> None:
     check_names(
         [str(key) for key in given],
         [str(key) for key in schema],
-        f"recipe key under {prefix}" if prefix else "recipe key",
+        f"recipe key under {prefix[:-1]}:" if prefix else "recipe key",
     )
     for key in given:
         inner, value, name = schema._get_node(key), given._get_node(key), prefix + str(key)
+        if isinstance(inner, ListConfig) and not isinstance(value, ListConfig):
+            raise ValueError(f"{name} must be a list, as {name}=[{value!s}]")
         if not isinstance(inner, DictConfig):
             continue
         if not isinstance(value, DictConfig):

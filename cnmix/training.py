@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
+import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from .recipe import build_model, build_optimizer, fixed_point_settings, load_dat
 from .strategies import find_level
 
 MODEL_FILE = "model.pt"
+LAST_FILE = "last.ckpt"
 
 
 @dataclass
@@ -40,7 +43,7 @@ class RunResult:
         level: opt level.
         seed: seed of the weights, the order of the data and dropout.
         test_accuracy: share of the test data classified correctly at the end, in [0, 1].
-        test_loss: mean cross entropy on the test data at the end.
+        test_loss: mean cross entropy on the test data at the end; None where it is not finite.
         seconds: wall time of training, evaluation after each epoch included.
         folder: where its metrics and checkpoints are.
     """
@@ -48,7 +51,7 @@ class RunResult:
     level: str
     seed: int
     test_accuracy: float
-    test_loss: float
+    test_loss: float | None
     seconds: float
     folder: str
 
@@ -112,6 +115,7 @@ def run_recipe(
     compare: bool = False,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, list[RunResult], nn.Module]:
     """Trains a recipe once for each seed, and with ``compare`` its float32 baseline from the same seeds.
 
@@ -124,6 +128,7 @@ def run_recipe(
         compare: also train at O0.
         resume: a checkpoint ``last.ckpt`` to go on from; for recipes with one seed.
         progress: whether to draw a progress bar.
+        report: called with a line when a run starts, ends or is interrupted.
 
     Returns:
         The folder, the result of each run, and the last model trained at the recipe's level.
@@ -148,12 +153,22 @@ def run_recipe(
     folder = _new_folder(Path(recipe.output) / name)
     OmegaConf.save(recipe, folder / "recipe.yaml")
     results: list[RunResult] = []
-    for seed in recipe.seeds:
-        for level in levels:
-            place = folder / f"{level}-seed{seed}"
+    runs = [(seed, level) for seed in recipe.seeds for level in levels]
+    for number, (seed, level) in enumerate(runs, start=1):
+        place = folder / f"{level}-seed{seed}"
+        report(f"run {number} of {len(runs)}: {level}, seed {seed}, {recipe.epochs} epochs")
+        try:
             result, model = train(recipe, level, seed, data, place, resume=resume, progress=progress)
-            results.append(result)
-    (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        except KeyboardInterrupt:
+            last = place / LAST_FILE
+            further = f"; go on with --resume {last} and seeds=[{seed}]" if last.is_file() else ""
+            report(f"interrupted: kept in {folder}{further}")
+            raise
+        report(f"  test accuracy {result.test_accuracy:.2%}, {result.seconds:.1f} s")
+        if result.test_loss is None:
+            report("  the loss is not finite: training diverged")
+        results.append(result)
+        (folder / "results.json").write_text(json.dumps([asdict(each) for each in results], indent=2) + "\n")
     return folder, results, model
 
 
@@ -194,11 +209,16 @@ def train(
             enable_model_summary=False,
             log_every_n_steps=1,
         )
-        ckpt_path = None if resume is None else str(resume)
-        trainer.fit(task, loader, test_loader, ckpt_path=ckpt_path, weights_only=True if resume else None)
+        options: dict[str, Any] = {} if resume is None else {"ckpt_path": str(resume)}
+        if resume is not None and "weights_only" in inspect.signature(trainer.fit).parameters:  # Lightning 2.6
+            options["weights_only"] = True
+        try:
+            trainer.fit(task, loader, test_loader, **options)
+        except SystemExit:  # what Lightning makes of an interrupt
+            raise KeyboardInterrupt from None
     seconds = time.perf_counter() - started
     accuracy, loss = evaluate(task.model, data[1])
-    result = RunResult(level, seed, accuracy, loss, seconds, str(folder))
+    result = RunResult(level, seed, accuracy, loss if math.isfinite(loss) else None, seconds, str(folder))
     recorded = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
     checkpoint.save(folder / MODEL_FILE, task.model, **recorded)
     return result, task.model
@@ -228,25 +248,34 @@ class Evaluation:
     integer_accuracy: float | None
 
 
-def evaluate_checkpoints(path: str | os.PathLike[str]) -> Iterator[Evaluation]:
+def evaluate_checkpoints(
+    path: str | os.PathLike[str], module: str | os.PathLike[str] | None = None
+) -> Iterator[Evaluation]:
     """Evaluates a run's checkpoints, or one of them, on the test data of the recipe they were trained with.
 
     The integer accuracy uses the positions that training stored; there is no calibration pass.
 
     Args:
         path: a run's folder or any folder in it, its ``model.pt``, or Lightning's ``last.ckpt``.
+        module: the recipe's Python file, which is run; by default where it was when training ran.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
+        FileNotFoundError: if there is no checkpoint, or the recipe's Python file is gone.
         ValueError: if a file is no checkpoint of a recipe.
     """
     place = Path(path)
-    files = sorted(place.rglob(MODEL_FILE)) if place.is_dir() else [place]
+    files = [place]
+    if place.is_dir():  # of a run that did not end there is only Lightning's
+        files = sorted(place.rglob(MODEL_FILE))
+        files += [last for last in sorted(place.rglob(LAST_FILE)) if not last.with_name(MODEL_FILE).is_file()]
     if not files:
-        raise FileNotFoundError(f"there is no {MODEL_FILE} in {place}: it is written when a run ends")
+        raise FileNotFoundError(
+            f"there is no {MODEL_FILE} or {LAST_FILE} in {place}: {LAST_FILE} comes with an epoch's end"
+        )
     for file in files:
         saved = _read_checkpoint(file)
-        recipe = merge_recipe(saved["recipe"], where=f"the recipe in {file}", folder=file.parent)
+        moved = {} if module is None else {"module": str(Path(module).resolve())}
+        recipe = merge_recipe(saved["recipe"], moved, where=f"the recipe in {file}", folder=file.parent)
         _, test = load_data(recipe)
         model = build_model(recipe)
         _check_weights_fit(model, saved["state_dict"], file)

@@ -307,3 +307,36 @@ def test_checkpoint_before_the_first_step(net, step, same_weights, tmp_path):
         step(model, optimizer, seed)
         step(again, second, seed)
     assert same_weights(model, again)
+
+
+def test_state_over_the_largest_width_is_refused(net, batch):
+    wide, narrow = net(), net()
+    cnmix.initialize(wide, None, bitwidth=16)
+    wide(batch()[0])
+    state = cnmix.state_dict(wide)
+    cnmix.initialize(narrow, None, max_bitwidth=8)
+    with pytest.raises(ValueError, match="input of 'conv' is saved at int16, over max_bitwidth 8"):
+        cnmix.load_state_dict(state, narrow)
+
+
+def test_resume_with_stochastic_rounding_draws_the_same_numbers(net, step):
+    def build():
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        cnmix.initialize(model, optimizer, rounding="stochastic", steps_per_epoch=4)
+        return model, optimizer
+
+    torch.set_num_threads(1)
+    model, optimizer = build()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    saved = model.state_dict(), cnmix.state_dict(model)
+    saved = ({key: value.clone() for key, value in saved[0].items()}, saved[1])
+    step(model, optimizer, 3)
+    torch.manual_seed(99)
+    again, other = build()
+    torch.manual_seed(98)
+    again.load_state_dict(saved[0])
+    cnmix.load_state_dict(saved[1], again)
+    step(again, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -122,10 +122,10 @@ NO_STATE = {"version": 1, "models": [], "loss_scalers": []}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"model": {}, "epoch": 3}, "has no cnmix and no state_dict; it has epoch, model"),
-        ({"state_dict": {}}, "has no cnmix; it has state_dict"),
-        ({"cnmix": NO_STATE}, "has no state_dict; it has cnmix"),
-        ({}, "has no cnmix and no state_dict"),
+        ({"model": {}, "epoch": 3}, "lacks cnmix and state_dict; it has epoch, model"),
+        ({"state_dict": {}}, "lacks cnmix; it has state_dict"),
+        ({"cnmix": NO_STATE}, "lacks state_dict; it has cnmix"),
+        ({}, "lacks cnmix and state_dict"),
         ([1, 2], "holds a list"),
         (torch.ones(3), "holds a Tensor"),
         ({"state_dict": {}, "cnmix": {}}, "no cnmix state"),

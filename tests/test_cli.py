@@ -92,7 +92,7 @@ def test_help(command, arguments):
     [
         (["epoch=1"], "unknown recipe key 'epoch': did you mean 'epochs'"),
         (["cnmix.bitwith=8"], "did you mean 'bitwidth'"),
-        (["cnmix.settings.treshold=0.1"], "did you mean 'threshold'"),
+        (["cnmix.treshold=0.1"], "did you mean 'threshold'"),
         (["cnmix.opt_level=o1"], "did you mean 'O1'"),
         (["cnmix.bitwidth=9"], "bitwidth must be one of 8, 16, 31"),
         (["cnmix.exclude=[conv3]"], "no module is called 'conv3': did you mean 'conv[12]'"),

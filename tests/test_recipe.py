@@ -6,6 +6,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from cnmix.config import QuantizeConfig
 from cnmix.recipe import build_model, build_optimizer, fixed_point_settings, load_data, load_recipe
 
 DIGITS = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
@@ -53,11 +54,14 @@ def test_shipped_recipes():
 
 
 def test_defaults_and_overrides(write):
-    recipe = load_recipe(write(MINIMAL), ["epochs=3", "optimizer.args.lr=0.5", "seeds=[4,5]", "cnmix.settings.gamma=1"])
+    recipe = load_recipe(write(MINIMAL), ["epochs=3", "optimizer.args.lr=0.5", "seeds=[4,5]", "cnmix.gamma=1"])
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer.args.lr) == (3, 64, 0.5)
     assert recipe.seeds == [4, 5]
     assert recipe.scheduler.name is None
-    assert fixed_point_settings(recipe) == {"bitwidth": 8, "max_bitwidth": 31, "gamma": 1}
+    settings = fixed_point_settings(recipe)
+    assert QuantizeConfig(**settings) == QuantizeConfig(gamma=1)
+    assert "steps_per_epoch" not in settings  # the trainer's to say
+    assert fixed_point_settings(load_recipe(write(MINIMAL), ["cnmix.steps_per_epoch=7"]))["steps_per_epoch"] == 7
     assert OmegaConf.is_readonly(recipe)
 
 
@@ -85,7 +89,7 @@ def test_interpolation(write):
         (["epoch=3"], "unknown recipe key 'epoch': did you mean 'epochs'"),
         (["optimizer.arg.lr=3"], "unknown recipe key under optimizer. 'arg': did you mean 'args'"),
         (["cnmix.bitwith=8"], "did you mean 'bitwidth'"),
-        (["cnmix.settings.treshold=0.1"], "did you mean 'threshold'"),
+        (["cnmix.treshold=0.1"], "did you mean 'threshold'"),
         (["cnmix.opt_level=o1"], "did you mean 'O1'"),
         (["cnmix.bitwidth=9"], "bitwidth must be one of 8, 16, 31"),
         (["cnmix.bitwidth=31", "cnmix.max_bitwidth=16"], "over max_bitwidth"),
@@ -132,7 +136,7 @@ def test_bad_file(write, recipe, message):
     ("build", "override", "message"),
     [
         (build_model, "model.name=net", "did you mean 'Net'"),
-        (build_model, "model.args.widht=3", "unknown key in model.args of Net 'widht': did you mean 'width'"),
+        (build_model, "model.args.widht=3", "unknown argument of Net in model.args: 'widht': did you mean 'width'"),
         (load_data, "data.name=laod", "did you mean 'load'"),
         (load_data, "data.args.cuont=3", "did you mean 'count'"),
         (None, "optimizer.name=SDG", "unknown name in torch.optim 'SDG': did you mean 'SGD'"),

@@ -5,36 +5,40 @@ No calibration pass: what the quantizers learned is all that is needed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 from .. import amp
-from ..checkpoint import check
+from ..checkpoint import check, load
 from ..config import QuantizeConfig
 from ..nn import QUANTIZED_CLASSES, convert, convertible_modules, quantized_modules
+from ..nn.quantizers import check_trained
 
 __all__ = ["freeze", "prepare"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def prepare(model: Model, checkpoint: Mapping[str, Any]) -> Model:
+def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> Model:
     """Turns a plain model into one that infers with the checkpoint's integers, in place.
 
     Args:
         model: a plain model of the checkpoint's architecture.
-        checkpoint: ``state_dict`` and ``cnmix``, as ``cnmix.checkpoint.load`` returns it.
+        checkpoint: a file that ``cnmix.checkpoint.load`` reads, or what it returned.
 
     Returns:
         The same model, in evaluation mode, its Linear and convolution modules computing on integers.
 
     Raises:
-        ValueError: if it is no checkpoint of cnmix, its modules are not the model's, or it holds several models; the
-            model is unchanged then.
-        RuntimeError: if the weights do not fit, or a module was not trained in fixed point.
+        ValueError: if it is no checkpoint of cnmix, its modules are not the model's, one of them was not trained in
+            fixed point, or it holds several models; the model is unchanged then.
+        RuntimeError: if the weights do not fit.
     """
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = load(checkpoint)
     check(checkpoint)
     state = checkpoint["cnmix"]
     if len(state["models"]) != 1:
@@ -45,11 +49,14 @@ def prepare(model: Model, checkpoint: Mapping[str, Any]) -> Model:
     ]
     present = {*convertible_modules(model, stays_float), *(fqn for fqn, _ in quantized_modules(model))}
     amp.check_names_fit(type(model).__name__, present, state["models"][0])
+    configs = {fqn: QuantizeConfig().replace(**saved[fqn]["settings"]) for fqn in present}
+    for fqn in present:
+        check_trained({name: each["step"] for name, each in saved[fqn]["operands"].items()}, fqn)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     convert(model, QuantizeConfig(), stays_float)
     amp.load_state_dict(state, model)
     for fqn, module in quantized_modules(model):
-        module.quantizers.config = QuantizeConfig().replace(**saved[fqn]["settings"])
+        module.quantizers.config = configs[fqn]
     return freeze(model)
 
 
@@ -57,7 +64,7 @@ def freeze(model: Model) -> Model:
     """Fixes the integers of every weight and puts the model into evaluation mode, in place.
 
     Raises:
-        RuntimeError: if a module has no stored positions, naming it.
+        ValueError: if a module took no part in training, naming it.
     """
     modules = dict(quantized_modules(model))
     for module in modules.values():

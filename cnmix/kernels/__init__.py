@@ -11,10 +11,11 @@ from . import native, reference
 from .cpu import convolution, convolution_grad_input, convolution_grad_weight, matmul, to_channels_last
 from .int8_product import serving_variant
 from .native import Statistics
-from .quantization import quantize, quantize_measured, sum_of_magnitudes
+from .quantization import checksum, quantize, quantize_measured, sum_of_magnitudes
 
 __all__ = [
     "Statistics",
+    "checksum",
     "convolution",
     "convolution_grad_input",
     "convolution_grad_weight",

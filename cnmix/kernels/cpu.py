@@ -27,7 +27,7 @@ _MATRIX_BLOCK = 1 << 22
 def matmul(a: FixedPoint, b: FixedPoint, *, bias: Tensor | None = None, exact_int31: bool = False) -> Tensor:
     """Multiplies matrices: (M, K) by (K, N) gives float32 (M, N), plus ``bias`` (N,) in float32 where given."""
     if not (a.finite and b.finite):
-        return torch.full((a.values.shape[0], b.values.shape[1]), math.nan)
+        return torch.full((a.values.shape[0], b.values.shape[1]), math.nan, dtype=torch.float32)
     return multiply_into(None, a.values, b.values, a, b, bias, exact_int31)
 
 
@@ -109,7 +109,7 @@ def convolution_grad_weight(
     """Returns the gradient of a convolution's weight, float32 of shape ``weight_size`` = (O, C / groups, *kernel)."""
     out_channels, in_channels, *kernel = weight_size
     if not (grad_output.finite and x.finite):
-        return torch.full(tuple(weight_size), math.nan)
+        return torch.full(tuple(weight_size), math.nan, dtype=torch.float32)
     size = grad_output.values.shape[2:]
     windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(kernel), groups)
     left = _channels_last(grad_output.values).flatten(1, -2).unflatten(-1, (groups, out_channels // groups))
@@ -120,14 +120,14 @@ def convolution_grad_weight(
         whole = left.shape[0] * left.shape[1]
         add_product(total, rows, columns, grad_output.bits, x.bits, exact_int31, whole)
     if not total:
-        return torch.zeros(tuple(weight_size))
+        return torch.zeros(tuple(weight_size), dtype=torch.float32)
     # (groups, O / groups, kernel taps * C / groups) -> (O, C / groups, *kernel)
     by_tap = rounded(total, grad_output.position + x.position).view(out_channels, math.prod(kernel), in_channels)
     library = native.library()
     if library is not None and by_tap.numel() > 0:
         return native.transpose(library, by_tap).view(tuple(weight_size))
     return (
-        torch.empty((out_channels, in_channels, math.prod(kernel)))
+        torch.empty((out_channels, in_channels, math.prod(kernel)), dtype=torch.float32)
         .copy_(by_tap.transpose(1, 2))
         .view(tuple(weight_size))
     )

@@ -58,7 +58,9 @@ def multiply_into(
         by_image = sums.view(out.shape[0], out.shape[2], n)
         native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
         return out
-    target = out if out is not None and out.dim() == 2 else native.with_huge_pages(torch.empty((m, n)))
+    target = (
+        out if out is not None and out.dim() == 2 else native.with_huge_pages(torch.empty((m, n), dtype=torch.float32))
+    )
     if library is not None and fused and _uses_digits(a, b, bits):
         parts, constant = _digit_products(a, b, bits)
         native.combine(library, parts, constant, out=target, scale=2.0**exponent, bias=bias)

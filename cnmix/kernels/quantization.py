@@ -76,6 +76,24 @@ def quantize_measured(
     return FixedPoint(_restore_layout(out, x), bits, found.position, finite), found
 
 
+def checksum(x: Tensor) -> int:
+    """Returns a number that any single change of a float32 tensor, and any change of order, alters.
+
+    The sum of ``bits[i] * (2 * i + 1)`` modulo 2**64, over the elements in memory order.
+    """
+    dense = x.detach()
+    dense = dense if _is_dense(dense) else dense.contiguous()
+    library = native.library()
+    if library is not None:
+        return library.cnmix_checksum(dense.data_ptr(), dense.numel())
+    bits = _in_memory_order(dense).view(torch.int32)
+    total = 0
+    for start in range(0, bits.numel(), _QUANTIZE_BLOCK):
+        piece = bits[start : start + _QUANTIZE_BLOCK].to(torch.int64) & 0xFFFFFFFF
+        total += int((piece * torch.arange(2 * start + 1, 2 * (start + piece.numel()), 2)).sum())
+    return total % 2**64
+
+
 def sum_of_magnitudes(x: Tensor) -> float:
     """Sums |x| of floats or integers, in an order that does not depend on the number of threads.
 

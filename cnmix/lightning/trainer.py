@@ -19,6 +19,9 @@ class CnmixPlugin(Precision, FabricCnmixPlugin):
     weights there are a plain model's. The arguments are those of ``FabricCnmixPlugin``.
     """
 
+    # The model that was told, and the steps.
+    _known_steps: tuple[Any, Any] = (None, None)
+
     @contextlib.contextmanager
     def train_step_context(self) -> Iterator[None]:
         """Takes the steps in an epoch from the trainer, which knows them only once the loop runs."""
@@ -29,8 +32,8 @@ class CnmixPlugin(Precision, FabricCnmixPlugin):
 
     def _take_steps_from_trainer(self, trainer: Any) -> None:
         steps = getattr(trainer, "num_training_batches", math.inf)
-        if steps != getattr(self, "_known_steps", None):
-            self._known_steps = steps
+        if (self._module, steps) != self._known_steps:
+            self._known_steps = (self._module, steps)
             # Infinite for a data set without a length: the default of 10,000 stays.
             if math.isfinite(steps) and steps >= 1:
                 self.set_steps_per_epoch(int(steps))

@@ -38,6 +38,10 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn or type(module).__name__)
         module.__class__ = converted
+    for module in model.modules():
+        # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
+        if isinstance(module, nn.TransformerEncoderLayer) and any(quantized_modules(module)):
+            module.activation_relu_or_gelu = 0
     return list(chosen)
 
 
@@ -120,6 +124,6 @@ def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:
         if fixed and floating:
             fqn, kind = floating[0]
             raise ValueError(
-                f"{fixed[0]!r} shares its weight with {fqn!r} ({kind}), which stays float: leave it out with "
-                f"exclude=[{fixed[0]!r}], or untie the weights"
+                f"{fixed[0]!r} shares a parameter with {fqn!r} ({kind}), which stays float: leave it out with "
+                f"exclude=[{fixed[0]!r}], or untie them"
             )

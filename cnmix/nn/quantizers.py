@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,9 +16,6 @@ from ..config import Product, QuantizeConfig
 from ..fixed_point import FixedPoint
 
 OPERANDS = ("input", "weight", "grad_output")
-
-# Weights up to this size are compared whole with the values they were quantized from; of larger ones, a sample of it.
-_FINGERPRINT_SIZE = 4096
 
 
 class ModuleQuantizers:
@@ -50,7 +46,6 @@ class ModuleQuantizers:
             for operand in OPERANDS
         )
         self._weight_key: tuple[Any, ...] | None = None
-        self._weight_sample: Tensor | None = None
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
         self._frozen = False
@@ -79,54 +74,49 @@ class ModuleQuantizers:
     def quantize_weight(self, weight: Tensor, training: bool) -> FixedPoint:
         """Quantizes the weight once per version of it; micro-batches and both backward products share the integers.
 
-        A version is the tensor's counter of in-place writes and its memory. Writes through ``.data`` do not count, so
-        its values, or of a large weight a sample of them, are compared too.
+        A version is the tensor's counter of in-place writes, its memory and, since writes through ``.data`` are not
+        counted, a checksum of its values: one pass over the weight.
         """
         if self._frozen and self._weight_integers is not None:
             return self._weight_integers
-        if weight.is_inference():  # inference tensors count no versions
-            return self.weight(weight, training)
         quantizer = self.weight
-        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), quantizer.rounding(training))
-        sample = _fingerprint(weight)
-        known = self._weight_integers
+        if weight.is_inference() or weight.dtype != torch.float32:  # inference tensors count no versions
+            return self._weight_layout(quantizer(weight, training))
+        rounding = quantizer.rounding(training)
+        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), rounding, kernels.checksum(weight))
+        known, state = self._weight_integers, quantizer.state
         if (
             known is not None
-            and self._weight_sample is not None
             and key == self._weight_key
-            and (known.bits, known.position) == (quantizer.state.bits, quantizer.state.position)
+            and (known.bits, known.position) == (state.bits, state.position)
             and not (training and quantizer.due and not self._weight_measured)
-            and torch.equal(sample, self._weight_sample)
         ):
             if training:
                 quantizer.repeat()
             return known
-        integers = quantizer(weight, training)
-        if self.product == "convolution":  # as its products want it
-            integers = kernels.to_channels_last(integers)
-        if integers.finite:
-            self._weight_key, self._weight_sample, self._weight_integers = key, sample.clone(), integers
-            state = quantizer.state
+        integers = self._weight_layout(quantizer(weight, training))
+        # Evaluation between micro-batches must not take away the integers that training drew at random.
+        if integers.finite and rounding == quantizer.rounding(training=True):
+            self._weight_key, self._weight_integers = key, integers
             self._weight_measured = training and state.updates > 0 and state.last_update == state.step - 1
         return integers
 
+    def _weight_layout(self, integers: FixedPoint) -> FixedPoint:
+        """Returns the weight's integers in the layout that the module's products want."""
+        return kernels.to_channels_last(integers) if self.product == "convolution" else integers
+
     def check_trained(self) -> None:
-        """Raises RuntimeError, naming the module, if its input or weight has no stored position."""
-        missing = [name for name in ("input", "weight") if getattr(self, name).state.position is None]
-        if missing:
-            raise RuntimeError(
-                f"{self.fqn!r} has no stored position for {' and '.join(missing)}: integer inference needs the cnmix "
-                "state of a training run (cnmix.load_state_dict), and a module that took part in it"
-            )
+        """Raises ValueError, naming the module, if it took no part in training."""
+        check_trained({name: quantizer.state.step for name, quantizer in self}, self.fqn)
 
     def freeze(self, weight: Tensor) -> None:
         """Fixes the weight's integers, quantized with the stored format, for inference.
 
         Raises:
-            RuntimeError: as ``check_trained`` does.
+            ValueError: as ``check_trained`` does.
         """
         self.check_trained()
-        self._weight_integers = self.weight(weight, training=False)
+        self._weight_integers = self._weight_layout(self.weight(weight, training=False))
         self._frozen = True
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -150,8 +140,27 @@ class ModuleQuantizers:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
-            state.update(_weight_key=None, _weight_sample=None, _weight_integers=None)
+            state.update(_weight_key=None, _weight_integers=None)
         return state
+
+
+def check_trained(steps: Mapping[str, int], fqn: str) -> None:
+    """Raises ValueError, naming the module, if its input or weight was never quantized in training."""
+    missing = [name for name in ("input", "weight") if steps[name] == 0]
+    if missing:
+        raise ValueError(
+            f"{fqn!r} has no stored position for {' and '.join(missing)}: integer inference needs the cnmix "
+            "state of a training run (cnmix.load_state_dict), and a module that took part in it"
+        )
+
+
+def check_widths(state: Mapping[str, Any], fqn: str, config: QuantizeConfig) -> None:
+    """Raises ValueError, naming operand and module, if a saved width is over the largest that the settings allow."""
+    for name, operand in state["operands"].items():
+        if operand["bits"] > config.max_bitwidth:
+            raise ValueError(
+                f"{name} of {fqn!r} is saved at int{operand['bits']}, over max_bitwidth {config.max_bitwidth}: raise it"
+            )
 
 
 def check_module_state(state: Any, fqn: str) -> None:
@@ -162,11 +171,3 @@ def check_module_state(state: Any, fqn: str) -> None:
         raise ValueError(f"the saved state of {fqn!r} must have the operands {', '.join(OPERANDS)}")
     for name in OPERANDS:
         parse_operand_state(state["operands"][name], f"{name} of {fqn!r}")
-
-
-def _fingerprint(weight: Tensor) -> Tensor:
-    flat = weight.detach().flatten()
-    step = max(1, flat.numel() // _FINGERPRINT_SIZE)
-    while math.gcd(step, weight.shape[-1]) > 1:  # or whole columns would never be looked at
-        step += 1
-    return flat[::step]

@@ -112,17 +112,17 @@ def test_a_lone_linear():
 def test_untrained_model_is_refused_by_name():
     model = Net()
     convert(model, QuantizeConfig())
-    with pytest.raises(RuntimeError, match="'conv' has no stored position for input and weight"):
+    with pytest.raises(ValueError, match="'conv' has no stored position for input and weight"):
         freeze(model)
     assert model.training
-    with pytest.raises(RuntimeError, match="'conv' has no stored position"):
+    with pytest.raises(ValueError, match="'conv' has no stored position"):
         prepare(Net(), saved(model))
 
 
 def test_module_that_took_no_part_is_refused_by_name():
     model = train(Net())
     model.head.quantizers.load_state_dict(train(nn.Linear(6, 3), steps=0).quantizers.state_dict())
-    with pytest.raises(RuntimeError, match="'head' has no stored position"):
+    with pytest.raises(ValueError, match="'head' has no stored position"):
         freeze(model)
     assert not any(module.quantizers.frozen for _, module in quantized_modules(model))
 

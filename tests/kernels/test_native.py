@@ -106,3 +106,36 @@ def test_switched_off_by_the_environment():
     environment = {**os.environ, "CNMIX_NATIVE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("None torch alone: CNMIX_NATIVE=0")
+
+
+@pytest.mark.parametrize("setting", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=TRUE"])
+def test_fewer_threads_than_asked_for(setting):
+    code = """
+import torch
+torch.set_num_threads(2)
+from cnmix.kernels import checksum, quantize, reference
+x = torch.randn(1 << 20)
+assert torch.equal(quantize(x, 8, -5), reference.quantize(x, 8, -5))
+"""
+    name, value = setting.split("=")
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, name: value}, check=True)
+
+
+def test_checksum_equals_the_one_without_the_compiled_part(monkeypatch, instructions):
+    x = torch.randn(300_007)
+    expected = quantization.checksum(x)
+    assert quantization.checksum(x.flip(0)) != expected
+    changed = x.clone()
+    changed[5] = -changed[5]
+    changed[6] = -changed[6]
+    assert quantization.checksum(changed) != expected
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert quantization.checksum(x) == expected
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_ABI", -1)
+    assert native.library() is None
+    assert "of another version or system" in native.describe()
+    native.library.cache_clear()

@@ -166,7 +166,7 @@ def test_hooks_survive():
 def test_a_weight_shared_with_a_float_module_is_refused():
     model = Tied()
     before = kinds(model)
-    with pytest.raises(ValueError, match=r"'head' shares its weight with 'embedding' \(Embedding\)"):
+    with pytest.raises(ValueError, match=r"'head' shares a parameter with 'embedding' \(Embedding\)"):
         convert(model, CONFIG)
     assert kinds(model) == before
     assert not hasattr(model.body, "quantizers")
@@ -176,7 +176,7 @@ def test_a_weight_shared_with_a_float_module_is_refused():
 def test_a_weight_shared_with_an_excluded_module_is_refused():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
-    with pytest.raises(ValueError, match=r"'b' shares its weight with 'a' \(Linear\)"):
+    with pytest.raises(ValueError, match=r"'b' shares a parameter with 'a' \(Linear\)"):
         convert(model, CONFIG, ["a"])
     assert not any(quantized_modules(model))
     assert convert(model, CONFIG) == ["a", "b"]

@@ -217,3 +217,15 @@ def test_training_is_the_same_for_one_thread_and_two():
         torch.set_num_threads(threads)
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_transformer_layer_stays_on_the_core_in_evaluation(monkeypatch):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    convert(layer, QuantizeConfig())
+    layer(torch.randn(2, 5, 16))
+    called, forward = [], type(layer.linear1).forward
+    monkeypatch.setattr(type(layer.linear1), "forward", lambda self, x: called.append(self) or forward(self, x))
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 5, 16))
+    assert called == [layer.linear1, layer.linear2]

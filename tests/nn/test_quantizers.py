@@ -7,7 +7,7 @@ from torch import nn
 
 from cnmix import QuantizeConfig
 from cnmix.adaptive import OperandQuantizer
-from cnmix.kernels import reference
+from cnmix.kernels import quantize, reference
 from cnmix.nn import OPERANDS, convert
 
 SMALL, LARGE = (4, 3), (200, 100)
@@ -281,3 +281,15 @@ def test_bad_states_are_refused_by_name_and_change_nothing(broken):
     with pytest.raises(ValueError, match=r"'encoder\.fc1'"):
         quantizers.load_state_dict(state)
     assert quantizers.state_dict() == before
+
+
+def test_any_data_write_to_a_large_weight_is_a_new_version():
+    layer = nn.Conv2d(64, 64, 3, bias=False)
+    convert(layer, QuantizeConfig())
+    x = torch.randn(1, 64, 5, 5)
+    layer(x)
+    layer.eval()
+    for index in [(0, 0), (13, 7), (63, 63)]:
+        layer.weight.data[index].mul_(-1)
+        integers = layer.quantizers.quantize_weight(layer.weight, False)
+        assert torch.equal(integers.values, quantize(layer.weight, integers.bits, integers.position))

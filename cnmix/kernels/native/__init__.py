@@ -23,6 +23,7 @@ from torch import Tensor
 _HUGE_PAGES_GAIN = 1 << 22
 
 _ISA = ("portable", "AVX2", "AVX-512")
+_ABI = 2
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -73,16 +74,25 @@ class _Combine(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Returns the compiled library, or None where it was not built or is switched off."""
-    if os.environ.get("CNMIX_NATIVE", "1") == "0":
+    if _switched_off():
         return None
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.is_file():
-            try:
-                return _declare(ctypes.CDLL(str(path)))
-            except (OSError, AttributeError):  # built for another system, or by another version
-                return None
-    return None
+    path = _built()
+    if path is None:
+        return None
+    try:
+        native = ctypes.CDLL(str(path))
+        return _declare(native) if native.cnmix_abi() == _ABI else None
+    except (OSError, AttributeError):  # built for another system, or by an older version
+        return None
+
+
+def _switched_off() -> bool:
+    return os.environ.get("CNMIX_NATIVE", "1").lower() in ("0", "no", "off", "false")
+
+
+def _built() -> Path | None:
+    candidates = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def describe() -> str:
@@ -90,8 +100,10 @@ def describe() -> str:
     native = library()
     if native is not None:
         return f"compiled, {_ISA[native.cnmix_isa(-1)]}, {native.cnmix_threads()} threads"
-    if os.environ.get("CNMIX_NATIVE", "1") == "0":
+    if _switched_off():
         return "torch alone: CNMIX_NATIVE=0 switches the compiled part off"
+    if _built() is not None:
+        return f"torch alone: {_built()} is of another version or system; install cnmix again to build it"
     return "torch alone: the compiled part was not built (it needs a C++ compiler when cnmix is installed)"
 
 
@@ -253,6 +265,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     }.items():
         function = getattr(native, name)
         function.argtypes, function.restype = arguments, None
+    native.cnmix_checksum.argtypes, native.cnmix_checksum.restype = [pointer, long], ctypes.c_uint64
     native.cnmix_isa.argtypes, native.cnmix_isa.restype = [whole], whole
     native.cnmix_threads.argtypes, native.cnmix_threads.restype = [], whole
     return native

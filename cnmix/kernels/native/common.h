@@ -69,7 +69,9 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
-    const int64_t share = (count + threads - 1) / threads;
+    // num_threads asks: OMP_THREAD_LIMIT, OMP_DYNAMIC or an outer region may grant fewer.
+    const int64_t granted = omp_get_num_threads();
+    const int64_t share = (count + granted - 1) / granted;
     const int64_t begin = share * omp_get_thread_num();
     const int64_t end = std::min(count, begin + share);
     if (begin < end) body(begin, end);

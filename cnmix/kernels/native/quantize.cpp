@@ -88,6 +88,7 @@ inline void philox(uint64_t block, uint64_t stream, uint64_t seed, uint32_t out[
 // The integer of one value, clamped first: limits are integers, so rounding does not leave them.
 inline int32_t round_one(float x, const Format& f, uint32_t word) {
   float v = x * f.scale * f.scale_rest;
+  if (v != v) return 0;  // the caller sees the NaN in the largest magnitude, and uses no result
   v = v < f.low ? f.low : (v > f.high ? f.high : v);
   double r;
   switch (f.rounding) {
@@ -302,6 +303,13 @@ uint32_t absmax_all(const float* x, int64_t n) {
   return all;
 }
 
+CNMIX_INLINE void checksum_block_body(const uint32_t* bits, int64_t n, int64_t first, uint64_t* sum) {
+  uint64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += bits[i] * static_cast<uint64_t>(2 * (first + i) + 1);
+  *sum = total;
+}
+CNMIX_DISPATCH(checksum_block, (const uint32_t* bits, int64_t n, int64_t first, uint64_t* sum), (bits, n, first, sum))
+
 }  // namespace
 }  // namespace cnmix
 
@@ -340,6 +348,22 @@ CNMIX_API void cnmix_quantize(const float* x, void* out, int64_t n, int bits, in
   statistics->absmax = from_bits(most);
   statistics->position = position;
 }
+
+// A sum of the bits that any single change, and any change of order, alters: bits[i] * (2 i + 1) modulo 2**64.
+CNMIX_API uint64_t cnmix_checksum(const uint32_t* bits, int64_t n) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  std::vector<uint64_t> sums(static_cast<size_t>(blocks));
+  parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      checksum_block(bits + b * kBlock, std::min(kBlock, n - b * kBlock), b * kBlock, &sums[static_cast<size_t>(b)]);
+  });
+  uint64_t total = 0;
+  for (uint64_t each : sums) total += each;
+  return total;
+}
+
+// Changes whenever a function or a structure does, so that a library of another version is not called.
+CNMIX_API int cnmix_abi() { return 2; }
 
 // The instructions in use: 0 portable, 1 AVX2, 2 AVX-512. A negative argument only asks; others lower it, for tests.
 CNMIX_API int cnmix_isa(int limit) {
