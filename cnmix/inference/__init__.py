@@ -49,8 +49,8 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
     ]
     present = {*convertible_modules(model, stays_float), *(fqn for fqn, _ in quantized_modules(model))}
     amp.check_names_fit(type(model).__name__, present, state["models"][0])
-    configs = {fqn: QuantizeConfig().replace(**saved[fqn]["settings"]) for fqn in present}
-    for fqn in present:
+    configs = {fqn: QuantizeConfig().replace(**saved[fqn]["settings"]) for fqn in saved}
+    for fqn in saved:
         check_trained({name: each["step"] for name, each in saved[fqn]["operands"].items()}, fqn)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     convert(model, QuantizeConfig(), stays_float)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from .int8_product import MAX_K, int8_matmul, serving_variant
 _FLOAT64_BLOCK = 1 << 20
 # Multiplications from which int8 digits beat float64 in a product with an int16 operand: below, calls cost more.
 _DIGITS_GAIN = 1 << 20
+# Sums of one digit product at a time; four of them stay in the cache until they are put together.
+_DIGITS_BLOCK = 1 << 19
 
 Sums = dict[int, Tensor]
 """Integer sums as ``sum(tensor * 2**shift)``: one int32, int64 or float64 tensor at shift 0, or three int64 tensors."""
@@ -62,8 +66,11 @@ def multiply_into(
         out if out is not None and out.dim() == 2 else native.with_huge_pages(torch.empty((m, n), dtype=torch.float32))
     )
     if library is not None and fused and _uses_digits(a, b, bits):
-        parts, constant = _digit_products(a, b, bits)
-        native.combine(library, parts, constant, out=target, scale=2.0**exponent, bias=bias)
+
+        def round_rows(piece: slice, parts: dict[str, Tensor | None], constant: int) -> None:
+            native.combine(library, parts, constant, out=target[piece], scale=2.0**exponent, bias=bias)
+
+        _multiply_digits(a, b, bits, round_rows)
     else:
         rows = max(1, m if bits == (8, 8) else _FLOAT64_BLOCK // max(a.shape[1], 1))
         right = b if bits == (8, 8) or exact_int31 else b.to(torch.float64)
@@ -84,8 +91,11 @@ def add_product(total: Sums, a: Tensor, b: Tensor, a_bits: int, b_bits: int, exa
     if library is not None and a.shape[0] == 1 and _uses_digits(a[0], b[0], (a_bits, b_bits)):
         if not total:
             total[0] = torch.zeros((1, a.shape[1], b.shape[2]), dtype=torch.int64)
-        parts, constant = _digit_products(a[0], b[0], (a_bits, b_bits))
-        native.combine(library, parts, constant, total=total[0][0])
+
+        def add_rows(piece: slice, parts: dict[str, Tensor | None], constant: int) -> None:
+            native.combine(library, parts, constant, total=total[0][0][piece])
+
+        _multiply_digits(a[0], b[0], (a_bits, b_bits), add_rows)
         return
     for shift, part in product_sums(a, b, a_bits, b_bits, exact_int31).items():
         if shift not in total:
@@ -155,32 +165,44 @@ def _uses_digits(a: Tensor, b: Tensor, bits: tuple[int, int]) -> bool:
     return a.shape[0] * a.shape[1] * b.shape[1] >= _DIGITS_GAIN and serving_variant().name == "int_mm"
 
 
-def _digit_products(a: Tensor, b: Tensor, bits: tuple[int, int]) -> tuple[dict[str, Tensor | None], int]:
-    """Multiplies the int8 digits of int16 operands into what ``native.combine`` takes: parts and a constant."""
+def _multiply_digits(a: Tensor, b: Tensor, bits: tuple[int, int], finish: Callable[..., None]) -> None:
+    """Multiplies the int8 digits of int16 operands, a block of rows at a time.
+
+    Args:
+        a: (M, K) of ``bits[0]``.
+        b: (K, N) of ``bits[1]``.
+        bits: 8 or 16 each, not both 8.
+        finish: called with the rows' slice, the parts and the constant that ``native.combine`` takes.
+    """
     library = native.library()
     if library is None:
         raise RuntimeError("digits need the compiled part")
     a, b = _dense(a), _dense(b)
-    parts: dict[str, Tensor | None] = dict.fromkeys(("p16", "p8a", "p8b", "p0", "row", "column"))
-    constant = 0
-    if bits == (16, 16):
-        a_high, a_low = native.split(library, a)
-        b_high, b_low = native.split(library, b)
-        parts["p16"], parts["p0"] = int8_matmul(a_high, b_high), int8_matmul(a_low, b_low)
-        parts["p8a"], parts["p8b"] = int8_matmul(a_high, b_low), int8_matmul(a_low, b_high)
-        constant = -128 * 128 * a.shape[1]
-    elif bits == (16, 8):
-        high, low = native.split(library, a)
-        parts["p8a"], parts["p0"] = int8_matmul(high, b), int8_matmul(low, b)
-    else:
-        high, low = native.split(library, b)
-        parts["p8a"], parts["p0"] = int8_matmul(a, high), int8_matmul(a, low)
+    m, n = a.shape[0], b.shape[1]
+    a_high, a_low = native.split(library, a) if bits[0] == 16 else (a, None)
+    b_high, b_low = native.split(library, b) if bits[1] == 16 else (b, None)
     # The offset of one operand's digits meets the sum of the other operand.
-    if bits[1] == 16:
-        parts["row"] = native.matrix_sums(library, a, by_row=True)
-    if bits[0] == 16:
-        parts["column"] = native.matrix_sums(library, b, by_row=False)
-    return parts, constant
+    row = native.matrix_sums(library, a, by_row=True) if b_low is not None else None
+    column = native.matrix_sums(library, b, by_row=False) if a_low is not None else None
+    products: dict[str, tuple[Tensor, Tensor]] = {}
+    if a_low is not None and b_low is not None:
+        products = {"p16": (a_high, b_high), "p8a": (a_high, b_low), "p8b": (a_low, b_high), "p0": (a_low, b_low)}
+    elif a_low is not None:
+        products = {"p8a": (a_high, b_high), "p0": (a_low, b_high)}
+    elif b_low is not None:
+        products = {"p8a": (a_high, b_high), "p0": (a_high, b_low)}
+    constant = -128 * 128 * a.shape[1] if bits == (16, 16) else 0
+    rows = max(1, min(m, _DIGITS_BLOCK // max(n, 1)))
+    memory = {name: torch.empty(rows * n, dtype=torch.int32) for name in products}
+    for start in range(0, m, rows):
+        piece = slice(start, min(start + rows, m))
+        height = piece.stop - start
+        parts: dict[str, Tensor | None] = {
+            name: int8_matmul(left[piece], right, memory[name][: height * n].view(height, n))
+            for name, (left, right) in products.items()
+        }
+        parts["row"], parts["column"] = None if row is None else row[piece], column
+        finish(piece, parts, constant)
 
 
 def _dense(matrix: Tensor) -> Tensor:
