@@ -15,8 +15,8 @@ from .int8_product import MAX_K, int8_matmul, serving_variant
 _FLOAT64_BLOCK = 1 << 20
 # Multiplications from which int8 digits beat float64 in a product with an int16 operand: below, calls cost more.
 _DIGITS_GAIN = 1 << 20
-# Sums of one digit product at a time; four of them stay in the cache until they are put together.
-_DIGITS_BLOCK = 1 << 19
+# Sums of one digit product at a time: few, to stay in the cache; not fewer, for oneDNN packs the right side each call.
+_DIGITS_BLOCK = 1 << 20
 
 Sums = dict[int, Tensor]
 """Integer sums as ``sum(tensor * 2**shift)``: one int32, int64 or float64 tensor at shift 0, or three int64 tensors."""
