@@ -40,7 +40,7 @@ class _Registry:
         models: live models in the order of their initialization.
         optimizers: live optimizers with their scalers, likewise.
         settings: what ``cnmix.core`` was told before a model was there, by kind of product.
-        waiting_models: states given to ``load_state_dict`` before the models they belong to; None where placed.
+        waiting_models: states given to ``load_state_dict`` before the models they belong to, by place.
         waiting_scalers: likewise of loss scales.
     """
 
@@ -115,14 +115,14 @@ def initialize(
         if place in registry.waiting_models:
             present = {*names, *(fqn for fqn, _ in quantized_modules(model))}
             check_names_fit(type(model).__name__, present, registry.waiting_models[place])
-            for fqn in present:
+            for fqn in sorted(present):
                 check_widths(registry.waiting_models[place]["modules"][fqn], fqn, config)
     for optimizer in optimizer_list:
         before = scaler_of(optimizer)
-        if before is not None and before.requested != scale:
+        if before is not None and loss_scale is not None and before.requested != loss_scale:
             raise ValueError(
                 f"this {type(optimizer).__name__} was initialized before, with loss_scale {before.requested!r} and not "
-                f"{scale!r}: initialize a fresh optimizer"
+                f"{loss_scale!r}: initialize a fresh optimizer"
             )
     new_optimizers = [optimizer for optimizer in optimizer_list if scaler_of(optimizer) is None]
     scalers = [LossScaler(scale) for _ in new_optimizers]

@@ -340,3 +340,11 @@ def test_resume_with_stochastic_rounding_draws_the_same_numbers(net, step):
     cnmix.load_state_dict(saved[1], again)
     step(again, other, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_second_call_for_another_model_keeps_the_optimizers_loss_scale(net):
+    first, second = net(), net()
+    optimizer = sgd(first)
+    cnmix.initialize(first, optimizer, loss_scale=64.0)
+    cnmix.initialize(second, optimizer)
+    assert cnmix.state_dict()["loss_scalers"][0]["scale"] == 64.0
