@@ -115,7 +115,7 @@ def main() -> None:
 def _results_table(results: list[RunResult]) -> Table:
     levels = list(dict.fromkeys(result.level for result in results))
     labels = {"O0": "float32 (O0)"}
-    table = Table(title="Test accuracy, and seconds of training")
+    table = Table(title="Accuracy, seconds")
     table.add_column("seed", justify="right")
     for level in levels:
         table.add_column(labels.get(level, level), justify="right")

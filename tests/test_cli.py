@@ -186,3 +186,34 @@ def test_resume_another_network(command, trained):
 def test_resume_at_another_level(command, trained):
     last = trained / "O1-seed0" / "last.ckpt"
     refused(command("train", RECIPES / "digits.yaml", *SMALL, "cnmix.opt_level=O0", "--resume", last), "O0|conv1")
+
+
+def test_an_interrupt_says_what_was_kept_and_how_to_go_on(command, monkeypatch):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    saved, original = [], ModelCheckpoint.on_validation_end
+
+    def interrupt_after_an_epoch(self, *arguments):
+        if saved:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+        saved.append(True)
+
+    monkeypatch.setattr(ModelCheckpoint, "on_validation_end", interrupt_after_an_epoch)
+    code, output, _ = command("train", RECIPES / "digits.yaml", *SMALL, "epochs=3")
+    assert code == 130
+    last = re.search(r"interrupted: kept in \S+; go on with --resume (\S+)", output)[1]
+    assert Path(last).is_file()
+    assert command("eval", Path(last).parents[1])[0] == 0
+
+
+def test_a_diverged_run_says_so(command):
+    code, output, _ = command("train", RECIPES / "digits.yaml", *SMALL, "optimizer.args.lr=1e30")
+    assert code == 0
+    assert "the loss is not finite: training diverged" in output
+    results = next(Path("runs").rglob("results.json")).read_text()
+    assert '"test_loss": null' in results
+
+
+def test_version(command):
+    assert command("--version")[:2] == (0, "0.1.0\n")

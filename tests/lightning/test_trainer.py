@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from cnmix import inference
 from cnmix.lightning import CnmixPlugin
 from cnmix.nn import QuantizedLinear, quantized_modules
 
@@ -259,3 +260,20 @@ def test_plugin_is_picklable(tmp_path):
     assert isinstance(task.fc, QuantizedLinear)
     assert task.fc.quantizers.config.gamma == 1.0
     pickle.dumps(again)
+
+
+def test_checkpoint_goes_straight_to_integer_inference(tmp_path):
+    task, fitted = Task(), trainer(tmp_path, [CnmixPlugin()])
+    fitted.fit(task, loader())
+    fitted.save_checkpoint(tmp_path / "run.ckpt")
+    model = inference.prepare(Task(seed=1), tmp_path / "run.ckpt")
+    x = torch.randn(3, 1, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(model(x), task.eval()(x))
+
+
+def test_one_plugin_tells_each_model_the_steps_in_its_epoch(tmp_path):
+    plugin, tasks = CnmixPlugin(), [Task(), Task(seed=1)]
+    for task in tasks:
+        trainer(tmp_path, [plugin]).fit(task, loader())
+        assert task.steps[0] == {BATCHES}
