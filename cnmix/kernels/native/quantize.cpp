@@ -109,10 +109,58 @@ inline int32_t round_one(float x, const Format& f, uint32_t word) {
   return r > f.last ? f.last : static_cast<int32_t>(r);
 }
 
+// Sixty-four values at once, stochastically: sixteen counters side by side, from `block` on.
+constexpr int64_t kCounters = 16;
+CNMIX_INLINE void stochastic_values_body(const float* x, int32_t* out, uint64_t block, const Format& f) {
+  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+  for (int64_t j = 0; j < kCounters; ++j) {
+    const uint64_t counter = block + static_cast<uint64_t>(j);
+    c0[j] = static_cast<uint32_t>(counter);
+    c1[j] = static_cast<uint32_t>(counter >> 32);
+    c2[j] = static_cast<uint32_t>(f.stream);
+    c3[j] = static_cast<uint32_t>(f.stream >> 32);
+  }
+  uint32_t k0 = static_cast<uint32_t>(f.seed), k1 = static_cast<uint32_t>(f.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int64_t j = 0; j < kCounters; ++j) {
+      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[j], p1 = uint64_t{0xCD9E8D57u} * c2[j];
+      c0[j] = static_cast<uint32_t>(p1 >> 32) ^ c1[j] ^ k0;
+      c2[j] = static_cast<uint32_t>(p0 >> 32) ^ c3[j] ^ k1;
+      c1[j] = static_cast<uint32_t>(p1);
+      c3[j] = static_cast<uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  uint32_t words[4 * kCounters];
+  for (int64_t j = 0; j < kCounters; ++j) {
+    words[4 * j] = c0[j];
+    words[4 * j + 1] = c1[j];
+    words[4 * j + 2] = c2[j];
+    words[4 * j + 3] = c3[j];
+  }
+  const double scale = static_cast<double>(f.scale) * f.scale_rest, low = f.low, last = f.last;
+  for (int64_t i = 0; i < 4 * kCounters; ++i) {
+    double r = std::floor(x[i] * scale + static_cast<int32_t>(words[i] >> 8) * 0x1p-24);
+    r = r < low ? low : r;
+    r = r > last ? last : r;
+    out[i] = r == r ? static_cast<int32_t>(r) : 0;
+  }
+}
+CNMIX_DISPATCH(stochastic_values, (const float* x, int32_t* out, uint64_t block, const Format& f), (x, out, block, f))
+
 template <typename Out>
 void round_block(const float* x, Out* out, int64_t n, int64_t index, const Format& f) {
   uint32_t words[4] = {0, 0, 0, 0};
   for (int64_t i = 0; i < n; ++i) {
+    if (f.rounding == STOCHASTIC && (index + i) % 4 == 0) {
+      int32_t values[4 * kCounters];
+      for (; i + 4 * kCounters <= n; i += 4 * kCounters) {
+        stochastic_values(x + i, values, static_cast<uint64_t>(index + i) / 4, f);
+        for (int64_t j = 0; j < 4 * kCounters; ++j) out[i + j] = static_cast<Out>(values[j]);
+      }
+      if (i == n) break;
+    }
     if (f.rounding == STOCHASTIC && (i == 0 || (index + i) % 4 == 0))
       philox(static_cast<uint64_t>(index + i) / 4, f.stream, f.seed, words);
     out[i] = static_cast<Out>(round_one(x[i], f, words[(index + i) % 4]));
