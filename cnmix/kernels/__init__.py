@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 
 from . import native, reference
-from .cpu import convolution, convolution_grad_input, convolution_grad_weight, matmul, to_channels_last
+from .cpu import (
+    convolution,
+    convolution_grad_input,
+    convolution_grad_weight,
+    has_channels_last,
+    matmul,
+    to_channels_last,
+)
 from .int8_product import serving_variant
 from .native import Statistics
 from .quantization import checksum, quantize, quantize_measured, sum_of_magnitudes
@@ -20,6 +27,7 @@ __all__ = [
     "convolution_grad_input",
     "convolution_grad_weight",
     "describe",
+    "has_channels_last",
     "matmul",
     "quantize",
     "quantize_measured",

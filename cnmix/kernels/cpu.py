@@ -57,7 +57,7 @@ def convolution(
     windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(size), groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps * C / groups, O / groups)
     matrix = _channels_last(weight.values).flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
-    layout = _has_channels_last(x.values) if channels_last is None else channels_last
+    layout = has_channels_last(x.values) if channels_last is None else channels_last
     return _correlate(windows, matrix, x, weight, bias, layout, exact_int31)
 
 
@@ -91,7 +91,7 @@ def convolution_grad_input(
     by_tap = _channels_last(weight.values).flatten(1, -2).unflatten(0, (groups, -1))
     taps = [by_tap[:, :, tap] for tap in reversed(range(by_tap.shape[2]))]
     matrix = torch.stack(taps, dim=1).flatten(1, 2)
-    layout = _has_channels_last(grad_output.values) if channels_last is None else channels_last
+    layout = has_channels_last(grad_output.values) if channels_last is None else channels_last
     return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31)
 
 
@@ -239,7 +239,8 @@ def _channels_last(x: Tensor) -> Tensor:
     return native.transpose(library, flat).view(moved.shape)
 
 
-def _has_channels_last(x: Tensor) -> bool:
+def has_channels_last(x: Tensor) -> bool:
+    """Whether (N, C, *spatial) has its channels, and they alone, side by side in memory."""
     return x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 

@@ -17,8 +17,6 @@ from .. import kernels
 from ..fixed_point import FixedPoint
 from .quantizers import ModuleQuantizers
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
 
 class ConvolutionGeometry(NamedTuple):
     """Stride, padding and dilation per spatial dimension, and the groups of a convolution."""
@@ -52,8 +50,7 @@ class _Product(torch.autograd.Function):
         else:
             # Channels last once, for this product and grad_weight's.
             qx = kernels.to_channels_last(qx)
-            ctx.channels_last = x.dim() > 3 and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
-            ctx.channels_last = ctx.channels_last and not x.is_contiguous()
+            ctx.channels_last = kernels.has_channels_last(x)
             y = kernels.convolution(qx, qw, *geometry, bias=bias, channels_last=ctx.channels_last, exact_int31=exact)
 
         needs_x, needs_weight = ctx.needs_input_grad[:2]

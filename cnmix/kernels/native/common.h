@@ -44,6 +44,18 @@ namespace cnmix {
 // Integer sums and the floats that replace them share memory.
 typedef float __attribute__((may_alias)) shared_float;
 
+// Rounds integer sums to float, scales them and adds the bias, where there is one.
+template <typename Sum, typename Float>
+CNMIX_INLINE void scale_sums(const Sum* sums, Float* out, int64_t n, float scale, const float* bias) {
+  if (bias) {
+    CNMIX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale + bias[i];
+  } else {
+    CNMIX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale;
+  }
+}
+
 enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 // The widest instructions that are to be used; cnmix_set_isa lowers it, for tests.

@@ -63,13 +63,7 @@ CNMIX_DISPATCH(add_digits,
                (sums, n, base, p16, p8a, p8b, p0, column))
 
 CNMIX_INLINE void round_sums_body(const int64_t* sums, float* out, int64_t n, float scale, const float* bias) {
-  if (bias) {
-    CNMIX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale + bias[i];
-  } else {
-    CNMIX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale;
-  }
+  scale_sums(sums, out, n, scale, bias);
 }
 CNMIX_DISPATCH(round_sums, (const int64_t* sums, float* out, int64_t n, float scale, const float* bias),
                (sums, out, n, scale, bias))

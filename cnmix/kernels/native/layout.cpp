@@ -43,13 +43,7 @@ void transpose(const T* from, T* to, int64_t images, int64_t rows, int64_t colum
 }
 
 CNMIX_INLINE void to_floats_body(const int32_t* sums, shared_float* out, int64_t n, float scale, const float* bias) {
-  if (bias) {
-    CNMIX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale + bias[i];
-  } else {
-    CNMIX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]) * scale;
-  }
+  scale_sums(sums, out, n, scale, bias);
 }
 CNMIX_DISPATCH(to_floats, (const int32_t* sums, shared_float* out, int64_t n, float scale, const float* bias),
                (sums, out, n, scale, bias))

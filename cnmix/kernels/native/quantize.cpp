@@ -64,25 +64,35 @@ inline float from_bits(uint32_t u) {
   return x;
 }
 
-// Philox4x32-10 (Salmon et al., SC 2011): four words for a counter.
-inline void philox(uint64_t block, uint64_t stream, uint64_t seed, uint32_t out[4]) {
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
-  uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
+// Philox4x32-10 (Salmon et al., SC 2011) of `lanes` consecutive counters: four words each, in `out`.
+template <int lanes>
+CNMIX_INLINE void philox(uint64_t block, uint64_t stream, uint64_t seed, uint32_t* out) {
+  uint32_t c0[lanes], c1[lanes], c2[lanes], c3[lanes];
+  for (int j = 0; j < lanes; ++j) {
+    const uint64_t counter = block + static_cast<uint64_t>(j);
+    c0[j] = static_cast<uint32_t>(counter);
+    c1[j] = static_cast<uint32_t>(counter >> 32);
+    c2[j] = static_cast<uint32_t>(stream);
+    c3[j] = static_cast<uint32_t>(stream >> 32);
+  }
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    c0 = n0;
-    c2 = n2;
+    for (int j = 0; j < lanes; ++j) {
+      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[j], p1 = uint64_t{0xCD9E8D57u} * c2[j];
+      c0[j] = static_cast<uint32_t>(p1 >> 32) ^ c1[j] ^ k0;
+      c2[j] = static_cast<uint32_t>(p0 >> 32) ^ c3[j] ^ k1;
+      c1[j] = static_cast<uint32_t>(p1);
+      c3[j] = static_cast<uint32_t>(p0);
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  out[0] = c0;
-  out[1] = c1;
-  out[2] = c2;
-  out[3] = c3;
+  for (int j = 0; j < lanes; ++j) {
+    out[4 * j] = c0[j];
+    out[4 * j + 1] = c1[j];
+    out[4 * j + 2] = c2[j];
+    out[4 * j + 3] = c3[j];
+  }
 }
 
 // The integer of one value, clamped first: limits are integers, so rounding does not leave them.
@@ -110,35 +120,10 @@ inline int32_t round_one(float x, const Format& f, uint32_t word) {
 }
 
 // Sixty-four values at once, stochastically: sixteen counters side by side, from `block` on.
-constexpr int64_t kCounters = 16;
+constexpr int kCounters = 16;
 CNMIX_INLINE void stochastic_values_body(const float* x, int32_t* out, uint64_t block, const Format& f) {
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  for (int64_t j = 0; j < kCounters; ++j) {
-    const uint64_t counter = block + static_cast<uint64_t>(j);
-    c0[j] = static_cast<uint32_t>(counter);
-    c1[j] = static_cast<uint32_t>(counter >> 32);
-    c2[j] = static_cast<uint32_t>(f.stream);
-    c3[j] = static_cast<uint32_t>(f.stream >> 32);
-  }
-  uint32_t k0 = static_cast<uint32_t>(f.seed), k1 = static_cast<uint32_t>(f.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int64_t j = 0; j < kCounters; ++j) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[j], p1 = uint64_t{0xCD9E8D57u} * c2[j];
-      c0[j] = static_cast<uint32_t>(p1 >> 32) ^ c1[j] ^ k0;
-      c2[j] = static_cast<uint32_t>(p0 >> 32) ^ c3[j] ^ k1;
-      c1[j] = static_cast<uint32_t>(p1);
-      c3[j] = static_cast<uint32_t>(p0);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
   uint32_t words[4 * kCounters];
-  for (int64_t j = 0; j < kCounters; ++j) {
-    words[4 * j] = c0[j];
-    words[4 * j + 1] = c1[j];
-    words[4 * j + 2] = c2[j];
-    words[4 * j + 3] = c3[j];
-  }
+  philox<kCounters>(block, f.stream, f.seed, words);
   const double scale = static_cast<double>(f.scale) * f.scale_rest, low = f.low, last = f.last;
   for (int64_t i = 0; i < 4 * kCounters; ++i) {
     double r = std::floor(x[i] * scale + static_cast<int32_t>(words[i] >> 8) * 0x1p-24);
@@ -162,7 +147,7 @@ void round_block(const float* x, Out* out, int64_t n, int64_t index, const Forma
       if (i == n) break;
     }
     if (f.rounding == STOCHASTIC && (i == 0 || (index + i) % 4 == 0))
-      philox(static_cast<uint64_t>(index + i) / 4, f.stream, f.seed, words);
+      philox<1>(static_cast<uint64_t>(index + i) / 4, f.stream, f.seed, words);
     out[i] = static_cast<Out>(round_one(x[i], f, words[(index + i) % 4]));
   }
 }
