@@ -27,13 +27,14 @@ class BuildNative(build_ext):
 
 
 native = "cnmix/kernels/native"
+sources = ("processor", "memory", "quantize", "layout", "digits", "panels", "product")
 setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(
             "cnmix.kernels.native._native",
-            [f"{native}/quantize.cpp", f"{native}/layout.cpp", f"{native}/digits.cpp"],
-            depends=[f"{native}/common.h"],
+            [f"{native}/{name}.cpp" for name in sources],
+            depends=[f"{native}/{name}.h" for name in ("common", "avx512", "windows", "panels", "tiles")],
             # No contraction to fused multiply-add: a product and a sum round separately, as the reference defines. The
             # last two change no value; without them floor is not vectorized.
             extra_compile_args=[

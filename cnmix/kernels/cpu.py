@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import FixedPoint, scale_by_power_of_two
-from . import native
+from . import native, tiles
 from .products import Sums, add_product, multiply_into, product_sums, round_into, rounded
 from .reference import output_size
 
@@ -28,6 +28,8 @@ def matmul(a: FixedPoint, b: FixedPoint, *, bias: Tensor | None = None, exact_in
     """Multiplies matrices: (M, K) by (K, N) gives float32 (M, N), plus ``bias`` (N,) in float32 where given."""
     if not (a.finite and b.finite):
         return torch.full((a.values.shape[0], b.values.shape[1]), math.nan, dtype=torch.float32)
+    if tiles.serve(a, b):
+        return tiles.matmul(a, b, bias)
     return multiply_into(None, a.values, b.values, a, b, bias, exact_int31)
 
 
@@ -54,10 +56,17 @@ def convolution(
     """
     kernel = weight.values.shape[2:]
     size = output_size(x.values.shape[2:], kernel, stride, padding, dilation)
-    windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(size), groups)
+    layout = has_channels_last(x.values) if channels_last is None else channels_last
+    ones = [1] * len(size)
+    if x.finite and weight.finite and tiles.serve(x, weight):
+        whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
+        taps = _channels_last(weight.values)
+        matrices = tiles.kernel_matrices(taps, groups)
+        out = whole.correlate(matrices, taps.shape[0], x, weight, bias, layout)
+        return _as_image(out, size, layout)
+    windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, ones, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps * C / groups, O / groups)
     matrix = _channels_last(weight.values).flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
-    layout = has_channels_last(x.values) if channels_last is None else channels_last
     return _correlate(windows, matrix, x, weight, bias, layout, exact_int31)
 
 
@@ -86,12 +95,19 @@ def convolution_grad_input(
         for n, g, s, p in zip(spatial, grad_output.values.shape[2:], stride, padding, strict=True)
     ]
     ones = [1] * len(kernel)
+    layout = has_channels_last(grad_output.values) if channels_last is None else channels_last
+    by_tap = _channels_last(weight.values)
+    if grad_output.finite and weight.finite and tiles.serve(grad_output, weight):
+        pixels = _channels_last(grad_output.values)
+        whole = tiles.Convolution(pixels, spatial, kernel, ones, dilation, before, stride, groups)
+        matrices = tiles.transposed_kernel_matrices(by_tap, groups)
+        out = whole.correlate(matrices, input_size[1], grad_output, weight, None, layout)
+        return _as_image(out, spatial, layout)
     windows = _Windows(grad_output.values, spatial, kernel, ones, dilation, before, after, stride, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps in reverse * O / groups, C / groups)
-    by_tap = _channels_last(weight.values).flatten(1, -2).unflatten(0, (groups, -1))
+    by_tap = by_tap.flatten(1, -2).unflatten(0, (groups, -1))
     taps = [by_tap[:, :, tap] for tap in reversed(range(by_tap.shape[2]))]
     matrix = torch.stack(taps, dim=1).flatten(1, 2)
-    layout = has_channels_last(grad_output.values) if channels_last is None else channels_last
     return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31)
 
 
@@ -111,18 +127,24 @@ def convolution_grad_weight(
     if not (grad_output.finite and x.finite):
         return torch.full(tuple(weight_size), math.nan, dtype=torch.float32)
     size = grad_output.values.shape[2:]
-    windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, [1] * len(kernel), groups)
-    left = _channels_last(grad_output.values).flatten(1, -2).unflatten(-1, (groups, out_channels // groups))
-    total: Sums = {}
-    for batch in windows.batches():
-        rows = left[batch].flatten(0, 1).permute(1, 2, 0)
-        columns = windows.gather(batch)
-        whole = left.shape[0] * left.shape[1]
-        add_product(total, rows, columns, grad_output.bits, x.bits, exact_int31, whole)
-    if not total:
-        return torch.zeros(tuple(weight_size), dtype=torch.float32)
+    ones = [1] * len(kernel)
+    if tiles.serve(grad_output, x):
+        whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
+        sums = whole.correlate_all(_channels_last(grad_output.values).flatten(0, -2), grad_output, x)
+    else:
+        windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, ones, groups)
+        left = _channels_last(grad_output.values).flatten(1, -2).unflatten(-1, (groups, out_channels // groups))
+        total: Sums = {}
+        for batch in windows.batches():
+            rows = left[batch].flatten(0, 1).permute(1, 2, 0)
+            columns = windows.gather(batch)
+            length = left.shape[0] * left.shape[1]
+            add_product(total, rows, columns, grad_output.bits, x.bits, exact_int31, length)
+        if not total:
+            return torch.zeros(tuple(weight_size), dtype=torch.float32)
+        sums = rounded(total, grad_output.position + x.position)
     # (groups, O / groups, kernel taps * C / groups) -> (O, C / groups, *kernel)
-    by_tap = rounded(total, grad_output.position + x.position).view(out_channels, math.prod(kernel), in_channels)
+    by_tap = sums.view(out_channels, math.prod(kernel), in_channels)
     library = native.library()
     if library is not None and by_tap.numel() > 0:
         return native.transpose(library, by_tap).view(tuple(weight_size))
@@ -146,7 +168,7 @@ def _correlate(
     groups, _, out_channels = matrix.shape
     images, positions, channels = windows.images, math.prod(windows.size), groups * out_channels
     shape = (images, positions, channels) if channels_last else (images, channels, positions)
-    out = native.with_huge_pages(torch.empty(shape, dtype=torch.float32))
+    out = native.empty(shape, torch.float32)
     if not (a.finite and b.finite):
         out.fill_(math.nan)
     elif groups == 1:
@@ -156,7 +178,7 @@ def _correlate(
             if channels_last:
                 target = target.flatten(0, 1)
             elif scratch is None:  # the first piece is the largest
-                scratch = native.with_huge_pages(torch.empty(target.numel(), dtype=torch.int32))
+                scratch = native.empty((target.numel(),), torch.int32)
             multiply_into(target, columns, right, a, b, bias, exact_int31, scratch)
     else:
         for batch in windows.batches():
@@ -167,9 +189,12 @@ def _correlate(
         scale_by_power_of_two(out, a.position + b.position)
         if bias is not None:
             out += bias if channels_last else bias.view(-1, 1)
-    if channels_last:
-        return out.view(images, *windows.size, channels).movedim(-1, 1)
-    return out.view(images, channels, *windows.size)
+    return _as_image(out, windows.size, channels_last)
+
+
+def _as_image(out: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    """Returns (N, positions, C) where ``channels_last``, else (N, C, positions), as (N, C, *size)."""
+    return out.unflatten(1, tuple(size)).movedim(-1, 1) if channels_last else out.unflatten(2, tuple(size))
 
 
 class _Windows:
@@ -214,7 +239,7 @@ class _Windows:
             geometry = (size, kernel, stride, dilation, before, step)
             # Every piece is gathered into the same memory: a matrix is used up before the next is made.
             largest = min(self._images_at_once(), self.images) * self._elements
-            buffer = native.with_huge_pages(torch.empty(largest, dtype=x.dtype))
+            buffer = native.empty((largest,), x.dtype)
             self.gather = lambda batch: native.gather(library, pixels[batch], *geometry, buffer).unsqueeze(0)
         else:
             placed = _place(x, before, after, step)

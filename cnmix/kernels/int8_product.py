@@ -20,13 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .native import with_huge_pages
+from . import native
 
 MAX_K = 131071
 """The longest sum of products of two int8 values that cannot leave int32: 131072 * 2**14 is 2**31."""
-
-# Sums from which memory with huge pages is worth providing.
-_OUT_GAIN = 1 << 20
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,10 +83,7 @@ def _choose_variant(onednn: bool) -> Variant:
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    size = (a.shape[0], b.shape[1])
-    if size[0] * size[1] < _OUT_GAIN:
-        return torch._int_mm(a, b)
-    return torch._int_mm(a, b, out=with_huge_pages(torch.empty(size, dtype=torch.int32)))
+    return torch._int_mm(a, b, out=native.empty((a.shape[0], b.shape[1]), torch.int32))
 
 
 def _float64_product(a: Tensor, b: Tensor) -> Tensor:

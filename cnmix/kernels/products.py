@@ -63,7 +63,7 @@ def multiply_into(
         native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
         return out
     target = (
-        out if out is not None and out.dim() == 2 else native.with_huge_pages(torch.empty((m, n), dtype=torch.float32))
+        out if out is not None and out.dim() == 2 else native.empty((m, n), torch.float32)
     )
     if library is not None and fused and _uses_digits(a, b, bits):
 

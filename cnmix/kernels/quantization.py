@@ -120,7 +120,7 @@ def _prepare(x: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
     if not source.is_contiguous() and (rounding == "stochastic" or not _is_dense(source)):
         # Random numbers go by logical index, not by place in memory.
         source = source.contiguous()
-    return source, native.with_huge_pages(torch.empty_like(source, dtype=storage_dtype(bits)))
+    return source, native.empty(source.shape, storage_dtype(bits), source.stride())
 
 
 def _is_dense(x: Tensor) -> bool:

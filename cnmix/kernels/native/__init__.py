@@ -17,14 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
-# glibc maps allocations of this size anew each time, and faults them in page by page.
-_HUGE_PAGES_GAIN = 1 << 22
+# Bytes from which a tensor's memory is kept for the next one: glibc gives such memory back to the system.
+_POOLED = 1 << 20
+_MOST_DIMENSIONS = 8  # of memory.cpp
 
-_ISA = ("portable", "AVX2", "AVX-512")
-_ABI = 2
+_ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
+_ABI = 3
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
+
+
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 class Statistics(NamedTuple):
@@ -52,11 +59,38 @@ class _Statistics(ctypes.Structure):
     ]
 
 
-class _Windows(ctypes.Structure):
+class Windows(ctypes.Structure):
+    """The windows that a convolution multiplies; see windows.h."""
+
     _fields_ = [
         ("images", ctypes.c_int64),
         ("run", ctypes.c_int64),
+        ("pixel", ctypes.c_int64),
         *((name, ctypes.c_int64 * 3) for name in ("size", "output", "kernel", "stride", "dilation", "before", "step")),
+    ]
+
+
+class Operand(ctypes.Structure):
+    """An integer matrix (rows, K) as it lies in memory; see panels.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("by_k", "digits", "inner", "stride", "outer")),
+        ("windows", ctypes.POINTER(Windows)),
+    ]
+
+
+class Product(ctypes.Structure):
+    """A matrix product with its rounding; see product.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
+        ("a", Operand),
+        ("b", Operand),
+        ("scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "positions", "image_stride")),
     ]
 
 
@@ -107,13 +141,28 @@ def describe() -> str:
     return "torch alone: the compiled part was not built (it needs a C++ compiler when cnmix is installed)"
 
 
-def with_huge_pages(fresh: Tensor) -> Tensor:
-    """Asks for huge pages in a tensor that was just allocated, where it is large enough to gain; returns it."""
+def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
+    """Returns an uninitialized tensor; the memory of large ones is kept and reused when they are gone.
+
+    Args:
+        shape: of the tensor.
+        dtype: float32, int8, int16, int32 or int64.
+        strides: of dense memory, in elements; row-major by default.
+    """
     native = library()
-    size = fresh.numel() * fresh.itemsize
-    if native is not None and size >= _HUGE_PAGES_GAIN:
-        native.cnmix_huge_pages(fresh.data_ptr(), size)
-    return fresh
+    size = math.prod(shape) * dtype.itemsize
+    if native is None or size < _POOLED or len(shape) > _MOST_DIMENSIONS:
+        return torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
+    if strides is None:
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    dimensions = ctypes.c_int64 * len(shape)
+    code = 2 if dtype.is_floating_point else 0
+    borrowed = native.cnmix_borrow(
+        size, len(shape), dimensions(*shape), dimensions(*strides), code, 8 * dtype.itemsize
+    )
+    if not borrowed:
+        raise MemoryError(f"no memory for {size} bytes")
+    return torch.utils.dlpack.from_dlpack(_new_capsule(borrowed, b"dltensor", None))
 
 
 def quantize(
@@ -149,9 +198,36 @@ def quantize(
 def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
     """Returns contiguous (images, rows, columns) as contiguous (images, columns, rows)."""
     images, rows, columns = x.shape
-    out = with_huge_pages(torch.empty((images, columns, rows), dtype=x.dtype))
+    out = empty((images, columns, rows), x.dtype)
     native.cnmix_transpose(x.data_ptr(), out.data_ptr(), images, rows, columns, x.itemsize)
     return out
+
+
+def describe_windows(
+    x: Tensor,
+    groups: int,
+    output: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    step: Sequence[int],
+) -> Windows:
+    """Describes the windows of one group of channels of contiguous (images, *size, channels); see ``gather``."""
+    images, *size, channels = x.shape
+    missing = 3 - len(size)
+    windows = Windows(images, channels // groups * x.itemsize, channels * x.itemsize)
+    for name, values, neutral in (
+        ("size", size, 1),
+        ("output", output, 1),
+        ("kernel", kernel, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("before", before, 0),
+        ("step", step, 1),
+    ):
+        getattr(windows, name)[:] = [neutral] * missing + list(values)
+    return windows
 
 
 def gather(
@@ -172,20 +248,8 @@ def gather(
     ``before`` is the zeros in front of each dimension (negative cuts off), ``step`` the distance between the input's
     pixels, with zeros between them.
     """
-    images, *size, channels = x.shape
-    missing = 3 - len(size)
-    windows = _Windows(images, channels * x.itemsize)
-    for name, values, neutral in (
-        ("size", size, 1),
-        ("output", output, 1),
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("dilation", dilation, 1),
-        ("before", before, 0),
-        ("step", step, 1),
-    ):
-        getattr(windows, name)[:] = [neutral] * missing + list(values)
-    rows, columns = images * math.prod(output), math.prod(kernel) * channels
+    windows = describe_windows(x, 1, output, kernel, stride, dilation, before, step)
+    rows, columns = x.shape[0] * math.prod(output), math.prod(kernel) * x.shape[-1]
     out = buffer[: rows * columns].view(rows, columns)
     native.cnmix_gather(x.data_ptr(), out.data_ptr(), ctypes.byref(windows))
     return out
@@ -254,7 +318,6 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
             *(pointer, pointer, long, whole, whole, whole, whole),
             *(ctypes.c_uint64, ctypes.c_uint64, long, whole, pointer),
         ],
-        "cnmix_huge_pages": [pointer, long],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],
         "cnmix_gather": [pointer, pointer, pointer],
         "cnmix_dequantize": [pointer, long, long, single, pointer],
@@ -262,10 +325,14 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
         "cnmix_split": [pointer, pointer, pointer, long],
         "cnmix_sums": [pointer, long, long, whole, whole, pointer],
         "cnmix_combine": [pointer],
+        "cnmix_multiply": [pointer],
     }.items():
         function = getattr(native, name)
         function.argtypes, function.restype = arguments, None
     native.cnmix_checksum.argtypes, native.cnmix_checksum.restype = [pointer, long], ctypes.c_uint64
     native.cnmix_isa.argtypes, native.cnmix_isa.restype = [whole], whole
+    native.cnmix_borrow.argtypes = [long, whole, pointer, pointer, whole, whole]
+    native.cnmix_borrow.restype = pointer
+    native.cnmix_multiplies.argtypes, native.cnmix_multiplies.restype = [whole, whole], whole
     native.cnmix_threads.argtypes, native.cnmix_threads.restype = [], whole
     return native

@@ -13,6 +13,11 @@
 #define CNMIX_X86 1
 #include <immintrin.h>
 #define CNMIX_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define CNMIX_VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl")))
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define CNMIX_HAS_AMX 1
+#define CNMIX_AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl")))
+#endif
 #define CNMIX_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
@@ -24,7 +29,7 @@
   CNMIX_AVX512 void NAME##_avx512 PARAMETERS { NAME##_body ARGUMENTS; }      \
   CNMIX_AVX2 void NAME##_avx2 PARAMETERS { NAME##_body ARGUMENTS; }          \
   void NAME PARAMETERS {                                                     \
-    if (active_isa == AVX512) return NAME##_avx512 ARGUMENTS;                \
+    if (active_isa >= AVX512) return NAME##_avx512 ARGUMENTS;                \
     if (active_isa == AVX2) return NAME##_avx2 ARGUMENTS;                    \
     NAME##_body ARGUMENTS;                                                   \
   }
@@ -56,7 +61,7 @@ CNMIX_INLINE void scale_sums(const Sum* sums, Float* out, int64_t n, float scale
   }
 }
 
-enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AMX = 4 };
 
 // The widest instructions that are to be used; cnmix_set_isa lowers it, for tests.
 extern Isa active_isa;

@@ -10,18 +10,6 @@
 
 namespace cnmix {
 
-Isa detect_isa() {
-#if defined(CNMIX_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-  return PORTABLE;
-}
-
-Isa active_isa = detect_isa();
-
 namespace {
 
 enum Rounding { NEAREST_EVEN = 0, HALF_UP = 1, HALF_AWAY = 2, STOCHASTIC = 3 };
@@ -265,7 +253,7 @@ CNMIX_AVX2 uint32_t nearest_block_avx2(const float* x, Out* out, int64_t n, cons
 
 uint32_t absmax_any(const float* x, int64_t n) {
 #if defined(CNMIX_X86)
-  if (active_isa == AVX512) return absmax_block_avx512(x, n);
+  if (active_isa >= AVX512) return absmax_block_avx512(x, n);
   if (active_isa == AVX2) return absmax_block_avx2(x, n);
 #endif
   return absmax_block(x, n);
@@ -274,7 +262,7 @@ uint32_t absmax_any(const float* x, int64_t n) {
 template <typename Out>
 uint32_t quantize_any(const float* x, Out* out, int64_t n, int64_t index, const Format& f) {
 #if defined(CNMIX_X86)
-  if (f.rounding == NEAREST_EVEN && active_isa == AVX512) return nearest_block_avx512(x, out, n, f);
+  if (f.rounding == NEAREST_EVEN && active_isa >= AVX512) return nearest_block_avx512(x, out, n, f);
   if (f.rounding == NEAREST_EVEN && active_isa == AVX2) return nearest_block_avx2(x, out, n, f);
 #endif
   round_block(x, out, n, index, f);
@@ -394,14 +382,3 @@ CNMIX_API uint64_t cnmix_checksum(const uint32_t* bits, int64_t n) {
   for (uint64_t each : sums) total += each;
   return total;
 }
-
-// Changes whenever a function or a structure does, so that a library of another version is not called.
-CNMIX_API int cnmix_abi() { return 2; }
-
-// The instructions in use: 0 portable, 1 AVX2, 2 AVX-512. A negative argument only asks; others lower it, for tests.
-CNMIX_API int cnmix_isa(int limit) {
-  if (limit >= 0) active_isa = static_cast<Isa>(std::min<int>(limit, detect_isa()));
-  return active_isa;
-}
-
-CNMIX_API int cnmix_threads() { return max_threads(); }

@@ -1,0 +1,334 @@
+// The integer matrix product with everything around it: operands are packed block by block from where they lie (rows,
+// columns or windows of an image), multiplied on the processor's integer units, and the exact sums are rounded once,
+// scaled and given their bias before they leave the cache.
+//
+// A number of D bytes is D digits, the highest one signed. For each weight 2**(8 s) the digit products i + j = s add up
+// in one int32 sum (exact for the depth of K taken at once); the weights come together in int64.
+
+#include <atomic>
+#include <cstdlib>
+
+#include "avx512.h"
+#include "tiles.h"
+
+// Mirrored by _Product in native/__init__.py.
+struct CnmixProduct {
+  int64_t m, n, k;
+  CnmixOperand a, b;      // rows: m of a, n of b
+  float scale;            // a power of two
+  const float* bias;      // n floats, or null
+  float* out;
+  int64_t row_stride;     // floats from one row of the output to the next, where positions is 0
+  int64_t positions;      // else rows are the positions of images: out[row / positions][column][row % positions]
+  int64_t image_stride;   // floats from one image to the next
+};
+
+namespace cnmix {
+namespace {
+
+#if defined(CNMIX_X86)
+
+constexpr int64_t kDepth = 8192;             // bytes of K at once; sums of digit products fit int32 fourfold
+constexpr int64_t kBlockBytes = 512 << 10;   // of packed a: half of the second-level cache
+constexpr int64_t kColumnBytes = 768 << 10;  // of packed b that one thread goes over again and again
+constexpr int64_t kRightBytes = 16 << 20;    // of packed b
+constexpr int64_t kLongestInt32 = 131071;    // of K: 131072 * 2**14 is 2**31
+constexpr int64_t kOperationsPerThread = 1 << 19;
+constexpr int kMostWeights = 7;
+
+// Memory that a thread keeps from call to call: fresh memory would fault page by page each time.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  uint8_t* get(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
+      if (!data_) std::abort();
+    }
+    return data_;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch left_memory, right_memory, sums_memory;
+
+int64_t panels_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// What one piece of K and of b's rows has in common.
+struct Piece {
+  const CnmixProduct* job;
+  Packing left, right;
+  const uint8_t* right_panels;
+  int64_t column_first;     // panel of b that right_panels begins with
+  int64_t columns;          // panels
+  int64_t weights;
+  bool first, last;         // of K
+  // Sums so far, where K has several pieces: [row panel][column panel of this piece][16 x 16], int32, int64, or pairs.
+  uint8_t* partial;
+  int64_t partial_bytes;    // of one element; 0 without
+};
+
+CNMIX_AVX512 inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// Writes a tile of sixteen registers: rows as they lie, or columns of an image's positions.
+CNMIX_AVX512 void write_tile(const CnmixProduct& job, int64_t row, int64_t column, __m512* r) {
+  const int64_t height = std::min(kTileRows, job.m - row), width = std::min(kTileRows, job.n - column);
+  const __mmask16 lanes = first_lanes(width);
+  const __m512 scale = _mm512_set1_ps(job.scale);
+  const __m512 bias = job.bias ? _mm512_maskz_loadu_ps(lanes, job.bias + column) : _mm512_setzero_ps();
+  for (int i = 0; i < 16; ++i) {
+    r[i] = _mm512_mul_ps(r[i], scale);
+    if (job.bias) r[i] = _mm512_add_ps(r[i], bias);
+  }
+  if (!job.positions) {
+    float* to = job.out + row * job.row_stride + column;
+    for (int64_t i = 0; i < height; ++i, to += job.row_stride) _mm512_mask_storeu_ps(to, lanes, r[i]);
+    return;
+  }
+  transpose_registers(reinterpret_cast<__m512i*>(r));
+  for (int64_t done = 0; done < height;) {  // a tile may reach into further images
+    const int64_t image = (row + done) / job.positions, position = (row + done) % job.positions;
+    const int64_t count = std::min(height - done, job.positions - position);
+    const __mmask16 part = static_cast<__mmask16>(first_lanes(count) << done);
+    float* to = job.out + image * job.image_stride + column * job.positions + position - done;
+    for (int64_t j = 0; j < width; ++j, to += job.positions) _mm512_mask_storeu_ps(to, part, r[j]);
+    done += count;
+  }
+}
+
+// int8: int32 sums, or int64 where K is very long.
+CNMIX_AVX512 void finish_tile(const Piece& p, const int32_t (*sums)[kTileRows], int64_t row, int64_t column,
+                              uint8_t* partial) {
+  __m512 out[16];
+  int32_t* kept = reinterpret_cast<int32_t*>(partial);
+  for (int i = 0; i < 16; ++i) {
+    __m512i v = _mm512_loadu_si512(sums[i]);
+    if (kept && !p.first) v = _mm512_add_epi32(v, _mm512_loadu_si512(kept + 16 * i));
+    if (kept && !p.last) _mm512_storeu_si512(kept + 16 * i, v);
+    out[i] = _mm512_cvtepi32_ps(v);
+  }
+  if (p.last) write_tile(*p.job, row, column, out);
+}
+
+// Eight integers high * 2**32 + low, with low in [0, 2**32), as floats. Where the number fits int64, convert it; else
+// `high` has more bits than a float keeps, and its last bit, set for a rest below, makes the one rounding come out as on
+// the whole number.
+CNMIX_AVX512 inline __m256 round_pairs(__m512i high, __m512i low) {
+  const __m512i limit = _mm512_set1_epi64(int64_t{1} << 30);
+  const __m512i whole = _mm512_or_si512(_mm512_slli_epi64(high, 32), low);
+  const __m512i jammed = _mm512_mask_or_epi64(high, _mm512_test_epi64_mask(low, low), high, _mm512_set1_epi64(1));
+  const __mmask8 fits = _mm512_cmplt_epi64_mask(_mm512_abs_epi64(high), limit);
+  const __m256 large = _mm256_mul_ps(_mm512_cvtepi64_ps(jammed), _mm256_set1_ps(4294967296.0f));
+  return _mm256_mask_mov_ps(large, fits, _mm512_cvtepi64_ps(whole));
+}
+
+// Several digits, or a very long K. Up to four weights fit int64; with more, the sums are pairs as above.
+CNMIX_AVX512 void finish_wide_tile(const Piece& p, const TileSums* sums, int i, int j, int64_t row, int64_t column,
+                                   uint8_t* partial) {
+  alignas(64) float out[16][16];
+  int64_t* kept = reinterpret_cast<int64_t*>(partial);
+  const bool pairs = p.weights > 4;
+  for (int r = 0; r < 16; ++r)
+    for (int half = 0; half < 16; half += 8) {
+      __m512i low = _mm512_setzero_si512(), high = low;
+      for (int64_t s = 0; s < p.weights; ++s) {
+        const __m256i part = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums[s][i][j][r] + half));
+        const __m128i shift = _mm_cvtsi64_si128(8 * (s % 4));
+        const __m512i shifted = _mm512_sll_epi64(_mm512_cvtepi32_epi64(part), shift);
+        if (s < 4)
+          low = _mm512_add_epi64(low, shifted);
+        else
+          high = _mm512_add_epi64(high, shifted);
+      }
+      int64_t* low_kept = kept + 32 * r + half;
+      if (kept && !p.first) {
+        low = _mm512_add_epi64(low, _mm512_loadu_si512(low_kept));
+        if (pairs) high = _mm512_add_epi64(high, _mm512_loadu_si512(low_kept + 16));
+      }
+      if (pairs) {
+        high = _mm512_add_epi64(high, _mm512_srai_epi64(low, 32));
+        low = _mm512_and_si512(low, _mm512_set1_epi64(0xffffffff));
+      }
+      if (!p.last) {
+        _mm512_storeu_si512(low_kept, low);
+        if (pairs) _mm512_storeu_si512(low_kept + 16, high);
+        continue;
+      }
+      _mm256_store_ps(out[r] + half, pairs ? round_pairs(high, low) : _mm512_cvtepi64_ps(low));
+    }
+  if (!p.last) return;
+  __m512 registers[16];
+  for (int r = 0; r < 16; ++r) registers[r] = _mm512_load_ps(out[r]);
+  write_tile(*p.job, row, column, registers);
+}
+
+#if defined(CNMIX_HAS_AMX)
+// All digit products of up to 32 x 32 sums. A digit's tiles lie `tiles` apart in its panel.
+CNMIX_AMX void multiply_amx(const Piece& p, Panels panels, TileSums* sums) {
+  const int64_t a_digits = p.job->a.digits, b_digits = p.job->b.digits, digit = panels.tiles * kTileBytes;
+  for (int64_t s = 0; s < p.weights; ++s) {
+    zero_tiles();
+    for (int64_t i = std::max<int64_t>(0, s - b_digits + 1); i <= s && i < a_digits; ++i) {
+      Panels one = panels;
+      for (int side = 0; side < 2; ++side) {
+        if (one.a[side]) one.a[side] += i * digit;
+        if (one.b[side]) one.b[side] += (s - i) * digit;
+      }
+      add_digits_amx(one, i == a_digits - 1, s - i == b_digits - 1);
+    }
+    store_tiles(sums[s]);
+  }
+}
+#endif
+
+// Rows of a in blocks, each packed by the thread that multiplies it, by a share of b's columns.
+void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int64_t column_first, int64_t column_last) {
+  const int64_t height = panel_last - panel_first, tiles = p.left.tiles();
+  const int64_t left_bytes = p.left.panel_bytes(), right_bytes = p.right.panel_bytes();
+  uint8_t* left = left_memory.get(height * left_bytes + height * kTileRows * 4);
+  pack_panels(p.left, panel_first, panel_last, left);
+  int32_t* row_sums = reinterpret_cast<int32_t*>(left + height * left_bytes);
+  const bool vnni = active_isa == AVX512_VNNI;
+  if (vnni) sum_rows_vnni(left, height, tiles, row_sums);
+  alignas(64) TileSums sums[kMostWeights];
+  const bool wide = p.partial_bytes > 4 || p.weights > 1;
+  // As many columns as the cache holds; rows outside, so that lines of the output are written from end to end.
+  const int64_t together = std::max<int64_t>(2, kColumnBytes / right_bytes / 2 * 2);
+  for (int64_t from = column_first; from < column_last; from += together)
+  for (int64_t r = 0; r < height; r += 2) {
+    const uint8_t* a = left + r * left_bytes;
+    const bool two_rows = r + 1 < height;
+    const int64_t to = std::min(column_last, from + together);
+    for (int64_t c = from; c < to; c += 2) {
+      const uint8_t* b = p.right_panels + (c - p.column_first) * right_bytes;
+      const bool two_columns = c + 1 < to;
+      const Panels panels{{a, two_rows ? a + left_bytes : nullptr}, {b, two_columns ? b + right_bytes : nullptr}, tiles};
+      if (vnni) {
+        const int32_t* sums_of[2] = {row_sums + r * kTileRows, row_sums + (r + 1) * kTileRows};
+        multiply_vnni(panels, sums_of, sums[0]);
+      }
+#if defined(CNMIX_HAS_AMX)
+      if (!vnni) multiply_amx(p, panels, sums);
+#endif
+      for (int i = 0; i < 1 + two_rows; ++i)
+        for (int j = 0; j < 1 + two_columns; ++j) {
+          const int64_t row_panel = panel_first + r + i, column_panel = c + j;
+          uint8_t* partial = nullptr;
+          if (p.partial)
+            partial = p.partial + (row_panel * p.columns + column_panel - p.column_first) * p.partial_bytes * 256;
+          if (wide)
+            finish_wide_tile(p, sums, i, j, row_panel * kTileRows, column_panel * kTileRows, partial);
+          else
+            finish_tile(p, sums[0][i][j], row_panel * kTileRows, column_panel * kTileRows, partial);
+        }
+    }
+  }
+}
+
+#if defined(CNMIX_HAS_AMX)
+void begin_thread() {
+  if (active_isa == AMX) configure_tiles();
+}
+void end_thread() {
+  if (active_isa == AMX) release_tiles();
+}
+#else
+void begin_thread() {}
+void end_thread() {}
+#endif
+
+// Calls task(index) for each index, whichever thread is free.
+template <typename Task>
+void run_tasks(int64_t count, int64_t threads, const Task& task) {
+  if (threads <= 1) {
+    begin_thread();
+    for (int64_t i = 0; i < count; ++i) task(i);
+    end_thread();
+    return;
+  }
+#if defined(_OPENMP)
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    begin_thread();
+    for (int64_t i = next++; i < count; i = next++) task(i);
+    end_thread();
+  }
+#endif
+}
+
+void multiply_piece(const Piece& p, int64_t operations) {
+  const int64_t row_panels = panels_of(p.job->m);
+  int64_t threads = std::min<int64_t>(max_threads(), operations / kOperationsPerThread);
+  int64_t block = std::max<int64_t>(2, std::min<int64_t>(32, kBlockBytes / p.left.panel_bytes()) / 2 * 2);
+  while (block > 2 && (row_panels + block - 1) / block < 4 * threads) block -= 2;
+  const int64_t blocks = (row_panels + block - 1) / block;
+  const int64_t pairs = (p.columns + 1) / 2;
+  // Few rows: several threads share a block, each packs it for its own columns.
+  const int64_t shares = std::max<int64_t>(1, std::min(pairs, blocks >= threads ? 1 : (2 * threads + blocks - 1) / blocks));
+  threads = std::min(threads, blocks * shares);
+  run_tasks(blocks * shares, threads, [&](int64_t task) {
+    const int64_t first = task / shares * block, share = task % shares;
+    const int64_t begin = pairs * share / shares * 2, end = std::min(p.columns, pairs * (share + 1) / shares * 2);
+    if (begin < end)
+      multiply_rows(p, first, std::min(row_panels, first + block), p.column_first + begin, p.column_first + end);
+  });
+}
+
+void multiply(const CnmixProduct& job) {
+  const int64_t digits = std::max(job.a.digits, job.b.digits);
+  const int64_t pieces = std::max<int64_t>(1, (job.k * digits + kDepth - 1) / kDepth);
+  const int64_t depth = std::max(kTileDepth, (job.k + pieces - 1) / pieces / kTileDepth * kTileDepth + kTileDepth);
+  const int64_t padded = (std::max<int64_t>(1, std::min(depth, job.k)) + kTileDepth - 1) / kTileDepth * kTileDepth;
+  const int64_t most_columns = std::max<int64_t>(2, kRightBytes / (padded * kTileRows * job.b.digits) / 2 * 2);
+  const int64_t all_columns = panels_of(job.n);
+  Piece p{};
+  p.job = &job;
+  p.weights = job.a.digits + job.b.digits - 1;
+  p.partial_bytes = p.weights == 1 && job.k <= kLongestInt32 ? 4 : 16;
+  const uint8_t flip = active_isa == AVX512_VNNI ? 0x80 : 0;
+  for (p.column_first = 0; p.column_first < all_columns; p.column_first += most_columns) {
+    p.columns = std::min(most_columns, all_columns - p.column_first);
+    p.partial = job.k > depth ? sums_memory.get(panels_of(job.m) * p.columns * 256 * p.partial_bytes) : nullptr;
+    // Also once for an empty K: its sums are zero.
+    for (int64_t k = 0; k == 0 || k < job.k; k += depth) {
+      const int64_t count = std::min(depth, job.k - k);
+      p.left = {&job.a, job.m, k, count, ROWS, 0};
+      p.right = {&job.b, job.n, k, count, QUADS, flip};
+      p.first = k == 0;
+      p.last = k + count >= job.k;
+      uint8_t* right = right_memory.get(p.columns * p.right.panel_bytes());
+      pack_all(p.right, p.column_first, p.column_first + p.columns, right);
+      p.right_panels = right;
+      multiply_piece(p, job.m * p.columns * kTileRows * count * job.a.digits * job.b.digits);
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace cnmix
+
+using namespace cnmix;
+
+// Whether products with operands of these digits are served: 0, or 1.
+CNMIX_API int cnmix_multiplies(int a_digits, int b_digits) {
+  if (active_isa == AMX) return 1;
+  return active_isa == AVX512_VNNI && a_digits == 1 && b_digits == 1;
+}
+
+CNMIX_API void cnmix_multiply(const CnmixProduct* job) {
+#if defined(CNMIX_X86)
+  multiply(*job);
+#else
+  (void)job;
+#endif
+}

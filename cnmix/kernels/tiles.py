@@ -1,0 +1,172 @@
+"""Products on the processor's integer units through the compiled part, which reads operands where they lie.
+
+int8 products need AVX-512 VNNI or AMX, those of wider operands AMX. The exact sums of every width are rounded once,
+scaled and given their bias before they leave the cache; int31 is exact here without being asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..fixed_point import FixedPoint
+from . import native
+
+
+def serve(a: FixedPoint, b: FixedPoint) -> bool:
+    """Whether the compiled part multiplies these operands on this processor."""
+    library = native.library()
+    return (
+        library is not None
+        and -126 <= a.position + b.position <= 127  # the scale is a normal float32
+        and library.cnmix_multiplies(a.values.itemsize, b.values.itemsize) == 1
+    )
+
+
+def matmul(a: FixedPoint, b: FixedPoint, bias: Tensor | None) -> Tensor:
+    """Multiplies (M, K) by (K, N) and adds ``bias`` (N,): float32 (M, N)."""
+    (m, k), n = a.values.shape, b.values.shape[1]
+    left, right = _readable(a.values), _readable(b.values.t())
+    out = native.empty((m, n), torch.float32)
+    _multiply((m, n, k), _matrix(left), _matrix(right), a, b, bias, out.data_ptr(), row_stride=n)
+    return out
+
+
+class Convolution:
+    """Describes to the compiled part the windows of contiguous (images, *size, channels), group by group.
+
+    Args:
+        pixels: integers.
+        size: positions of the window, per spatial dimension.
+        kernel: taps.
+        stride: distance between positions.
+        dilation: distance between taps.
+        before: zeros in front of the tensor; negative cuts off.
+        step: distance of the tensor's elements from each other, with zeros between.
+        groups: groups of channels.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        size: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        before: Sequence[int],
+        step: Sequence[int],
+        groups: int,
+    ) -> None:
+        self.images, self.positions, self.taps, self.groups = len(pixels), math.prod(size), math.prod(kernel), groups
+        self._pixels, self._run = pixels, pixels.shape[-1] // groups
+        self._windows: native.Windows | None = None
+        if tuple(size) != tuple(pixels.shape[1:-1]) or any(before) or any(n != 1 for n in (*kernel, *stride, *step)):
+            self._windows = native.describe_windows(pixels, groups, size, kernel, stride, dilation, before, step)
+
+    def operand(self, group: int, by_k: bool) -> native.Operand:
+        """Returns the windows of one group of channels: rows of the product, or its K."""
+        data = self._pixels.data_ptr() + group * self._run * self._pixels.itemsize
+        windows = None if self._windows is None else ctypes.pointer(self._windows)
+        return native.Operand(data, by_k, self._pixels.itemsize, 0, self._pixels.shape[-1], 0, windows)
+
+    def correlate(
+        self,
+        matrices: Sequence[native.Operand],
+        channels: int,
+        a: FixedPoint,
+        b: FixedPoint,
+        bias: Tensor | None,
+        channels_last: bool,
+    ) -> Tensor:
+        """Multiplies the windows of each group by its matrix, of rows ``channels / groups``.
+
+        Returns:
+            float32 (images, positions, channels) where ``channels_last``, else (images, channels, positions).
+        """
+        shape = (self.positions, channels) if channels_last else (channels, self.positions)
+        out = native.empty((self.images, *shape), torch.float32)
+        n = channels // self.groups
+        sizes = (self.images * self.positions, n, self.taps * self._run)
+        for group, matrix in enumerate(matrices):
+            first = group * n
+            place = out.data_ptr() + 4 * first * (1 if channels_last else self.positions)
+            part = None if bias is None else bias.detach()[first : first + n]
+            left = self.operand(group, by_k=False)
+            if channels_last:
+                _multiply(sizes, left, matrix, a, b, part, place, row_stride=channels)
+            else:
+                image = channels * self.positions
+                _multiply(sizes, left, matrix, a, b, part, place, positions=self.positions, image_stride=image)
+        return out
+
+    def correlate_all(self, left: Tensor, a: FixedPoint, b: FixedPoint) -> Tensor:
+        """Multiplies (images * positions, channels), transposed, by the windows: (channels, taps * C / groups)."""
+        channels = left.shape[1]
+        m, n = channels // self.groups, self.taps * self._run
+        out = native.empty((channels, n), torch.float32)
+        for group in range(self.groups):
+            data = left.data_ptr() + group * m * left.itemsize
+            rows = native.Operand(data, True, left.itemsize, 0, channels, 0, None)
+            place = out.data_ptr() + 4 * group * m * n
+            sizes = (m, n, left.shape[0])
+            _multiply(sizes, rows, self.operand(group, by_k=True), a, b, None, place, row_stride=n)
+        return out
+
+
+def kernel_matrices(weight: Tensor, groups: int) -> list[native.Operand]:
+    """Describes a weight in memory as (O, taps, C / groups): per group, rows O of K = taps * C / groups."""
+    out_channels, k = weight.shape[0], math.prod(weight.shape[1:])
+    each = out_channels // groups * k * weight.itemsize
+    return [
+        native.Operand(weight.data_ptr() + group * each, False, weight.itemsize, 0, k, 0, None)
+        for group in range(groups)
+    ]
+
+
+def transposed_kernel_matrices(weight: Tensor, groups: int) -> list[native.Operand]:
+    """Describes (O, taps, C / groups) as rows C / groups of K = taps in reverse * O, without moving it."""
+    out_channels, taps, run = weight.shape[0], math.prod(weight.shape[1:-1]), weight.shape[-1]
+    each, size = out_channels // groups, weight.itemsize
+    return [
+        native.Operand(
+            weight.data_ptr() + (group * each * taps + taps - 1) * run * size, True, size, each, taps * run, -run, None
+        )
+        for group in range(groups)
+    ]
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """Returns a matrix whose rows or columns are contiguous, copied only where neither are."""
+    rows, columns = matrix.shape
+    return matrix if columns <= 1 or rows <= 1 or 1 in matrix.stride() else matrix.contiguous()
+
+
+def _matrix(matrix: Tensor) -> native.Operand:
+    """Describes (rows, K)."""
+    rows, columns = matrix.shape
+    by_k = columns > 1 and matrix.stride(1) != 1
+    return native.Operand(matrix.data_ptr(), by_k, matrix.itemsize, 0, matrix.stride(1 if by_k else 0), 0, None)
+
+
+def _multiply(
+    sizes: tuple[int, int, int],
+    left: native.Operand,
+    right: native.Operand,
+    a: FixedPoint,
+    b: FixedPoint,
+    bias: Tensor | None,
+    out: int,
+    **layout: int,
+) -> None:
+    library = native.library()
+    if library is None or 0 in sizes[:2]:
+        return
+    if bias is not None:
+        bias = bias.detach().to(torch.float32).contiguous()
+    pointer = None if bias is None else bias.data_ptr()
+    job = native.Product(*sizes, left, right, 2.0 ** (a.position + b.position), pointer, out, **layout)
+    library.cnmix_multiply(ctypes.byref(job))
