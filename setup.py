@@ -34,7 +34,7 @@ setup(
         Extension(
             "cnmix.kernels.native._native",
             [f"{native}/{name}.cpp" for name in sources],
-            depends=[f"{native}/{name}.h" for name in ("common", "avx512", "windows", "panels", "tiles")],
+            depends=[f"{native}/{name}.h" for name in ("common", "avx512", "rounding", "windows", "panels", "tiles")],
             # No contraction to fused multiply-add: a product and a sum round separately, as the reference defines. The
             # last two change no value; without them floor is not vectorized.
             extra_compile_args=[

@@ -89,22 +89,34 @@ class OperandQuantizer:
 
         Outside training nothing is changed: the stored format serves, or before the first update one that fits ``x``.
         """
+        return self.with_sums(x, training, None)[0]
+
+    def with_sums(self, x: Tensor, training: bool, channel_dim: int | None) -> tuple[FixedPoint, Tensor | None]:
+        """Does the same, and where ``channel_dim`` is given sums ``x`` over all other dimensions in the same pass."""
         state = self.state
         due = training and self.due
         state.step += training
         if due:
             quantized = self._update(x)
+            sums = None if channel_dim is None else kernels.channel_sums(x, channel_dim)
         else:
             rounding = self.rounding(training)
-            quantized, _ = kernels.quantize_measured(
-                x, state.bits, state.position, rounding, seed=state.seed, stream=state.step
+            quantized, found = kernels.quantize_measured(
+                x,
+                state.bits,
+                state.position,
+                rounding,
+                seed=state.seed,
+                stream=state.step,
+                channel_dim=channel_dim,
             )
+            sums = found.channel_sums
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
             self._saw_nonfinite = True
             logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
-        return quantized
+        return quantized, sums
 
     @property
     def due(self) -> bool:

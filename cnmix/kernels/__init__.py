@@ -18,10 +18,11 @@ from .cpu import (
 )
 from .int8_product import serving_variant
 from .native import Statistics
-from .quantization import checksum, quantize, quantize_measured, sum_of_magnitudes
+from .quantization import channel_sums, checksum, quantize, quantize_measured, sum_of_magnitudes
 
 __all__ = [
     "Statistics",
+    "channel_sums",
     "checksum",
     "convolution",
     "convolution_grad_input",

@@ -42,6 +42,7 @@ def quantize_measured(
     seed: int = 0,
     stream: int = 0,
     measure: bool = False,
+    channel_dim: int | None = None,
 ) -> tuple[FixedPoint, Statistics]:
     """Quantizes a tensor that may hold NaN or infinity, and says what it found.
 
@@ -53,6 +54,7 @@ def quantize_measured(
         seed: likewise.
         stream: likewise.
         measure: also sum the magnitudes before and after.
+        channel_dim: also sum ``x`` over all dimensions but this one.
 
     Returns:
         The operand, zeros and marked as not finite where ``x`` is not, and its statistics.
@@ -60,7 +62,9 @@ def quantize_measured(
     source, out = _prepare(x, bits, rounding)
     library = native.library()
     if library is not None:
-        found = native.quantize(library, source, out, bits, position, rounding, seed, stream, measure)
+        found = native.quantize(
+            library, source, out, bits, position, rounding, seed, stream, measure, _summed_dim(source, channel_dim)
+        )
     else:
         largest = absmax(source)
         if position is None:
@@ -70,10 +74,27 @@ def quantize_measured(
             _quantize_blocks(source, out, bits, position, rounding, seed, stream)
             if measure:
                 found = Statistics(largest, position, sum_of_magnitudes(source), sum_of_magnitudes(out))
+    if channel_dim is not None and found.channel_sums is None:
+        found = found._replace(channel_sums=channel_sums(source, channel_dim))
     finite = math.isfinite(found.absmax)
     if not finite:
         out.zero_()
     return FixedPoint(_restore_layout(out, x), bits, found.position, finite), found
+
+
+def channel_sums(x: Tensor, channel_dim: int) -> Tensor:
+    """Sums over all dimensions but one, in the dtype of ``x``."""
+    others = [dim for dim in range(x.dim()) if dim != channel_dim]
+    return x.sum(others) if others else x
+
+
+def _summed_dim(source: Tensor, dim: int | None) -> int | None:
+    """Returns ``dim`` where the compiled part can sum its channels: the others lie around it in whole."""
+    if dim is None or source.numel() == 0:
+        return None
+    order = sorted(range(source.dim()), key=source.stride)
+    inner = math.prod(source.shape[other] for other in order[: order.index(dim)])
+    return dim if source.stride(dim) == inner and source.shape[dim] > 1 else None
 
 
 def checksum(x: Tensor) -> int:

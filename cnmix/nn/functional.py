@@ -69,7 +69,8 @@ class _Product(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if needs_x or needs_weight:
             products = _linear_gradients if ctx.geometry is None else _convolution_gradients
-            qg = ctx.quantizers.grad_output(grad_output, ctx.training)
+            kept = None if not needs_bias else grad_output.dim() - 1 if ctx.geometry is None else 1
+            qg, grad_bias = ctx.quantizers.grad_output.with_sums(grad_output, ctx.training, kept)
             qx = FixedPoint(x_values, *ctx.x_format) if needs_weight else None
             qw = FixedPoint(weight_values, *ctx.weight_format) if needs_x else None
             grad_x, grad_weight = products(ctx, qg, qx, qw)
@@ -78,10 +79,10 @@ class _Product(torch.autograd.Function):
             grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_dtype)
-        if needs_bias:
-            kept = grad_output.dim() - 1 if ctx.geometry is None else 1
-            others = [dim for dim in range(grad_output.dim()) if dim != kept]
-            grad_bias = (grad_output.sum(others) if others else grad_output).to(bias_dtype)
+        if needs_bias and grad_bias is None:
+            grad_bias = kernels.channel_sums(grad_output, grad_output.dim() - 1 if ctx.geometry is None else 1)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 

@@ -42,12 +42,14 @@ class Statistics(NamedTuple):
         position: the position used.
         sum_x: sum of |x|, where measured.
         sum_q: sum of |q|, where measured.
+        channel_sums: float32 sums of the channels, where asked for.
     """
 
     absmax: float
     position: int
     sum_x: float = 0.0
     sum_q: float = 0.0
+    channel_sums: Tensor | None = None
 
 
 class _Statistics(ctypes.Structure):
@@ -175,9 +177,14 @@ def quantize(
     seed: int,
     stream: int,
     measure: bool,
+    channel_dim: int | None = None,
 ) -> Statistics:
-    """Quantizes dense float32 memory into ``out`` of the same layout; position None chooses the one that fits."""
+    """Quantizes dense float32 memory into ``out`` of the same layout; position None chooses the one that fits.
+
+    ``channel_dim`` asks for the sums over all other dimensions.
+    """
     found = _Statistics()
+    sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
     native.cnmix_quantize(
         x.data_ptr(),
         out.data_ptr(),
@@ -190,9 +197,12 @@ def quantize(
         stream,
         0,
         measure,
+        0 if sums is None else sums.numel(),
+        0 if channel_dim is None else x.stride(channel_dim),
+        None if sums is None else sums.data_ptr(),
         ctypes.byref(found),
     )
-    return Statistics(found.absmax, found.position, found.sum_x, found.sum_q)
+    return Statistics(found.absmax, found.position, found.sum_x, found.sum_q, sums)
 
 
 def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
@@ -316,7 +326,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in {
         "cnmix_quantize": [
             *(pointer, pointer, long, whole, whole, whole, whole),
-            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, pointer),
+            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, long, long, pointer, pointer),
         ],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],
         "cnmix_gather": [pointer, pointer, pointer],

@@ -30,6 +30,16 @@ CNMIX_AVX512 inline void transpose_registers(__m512i* r) {
   }
 }
 
+// Transposes four registers of four 128-bit lanes.
+CNMIX_AVX512 inline void transpose_lanes(__m512i* r) {
+  const __m512i even01 = _mm512_shuffle_i32x4(r[0], r[1], 0x88), odd01 = _mm512_shuffle_i32x4(r[0], r[1], 0xdd);
+  const __m512i even23 = _mm512_shuffle_i32x4(r[2], r[3], 0x88), odd23 = _mm512_shuffle_i32x4(r[2], r[3], 0xdd);
+  r[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+  r[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+  r[2] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+  r[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+}
+
 }  // namespace cnmix
 
 #endif

@@ -21,11 +21,12 @@ class Lines {
     gathered_ = memory.data();
   }
 
-  const uint8_t* get(int64_t index, int64_t slot) const {
+  const uint8_t* get(int64_t index, int64_t slot) {
     const uint8_t* data = static_cast<const uint8_t*>(operand_.data);
     if (operand_.windows) {
       uint8_t* to = gathered_ + slot * length_;
-      gather_window(data, *operand_.windows, index, to);
+      place_.move_to(*operand_.windows, index);
+      gather_window(data, *operand_.windows, place_, to);
       return to;
     }
     const int64_t at = operand_.inner ? index % operand_.inner * operand_.stride + index / operand_.inner * operand_.outer
@@ -35,6 +36,7 @@ class Lines {
 
  private:
   const CnmixOperand& operand_;
+  WindowPlace place_;
   int64_t length_ = 0;
   uint8_t* gathered_ = nullptr;
 };
@@ -63,15 +65,11 @@ CNMIX_AVX512 inline void interleave(const uint8_t* const* lines, uint8_t* out, i
   const __m512i l2 = _mm512_loadu_si512(lines[2]), l3 = _mm512_loadu_si512(lines[3]);
   const __m512i a = _mm512_unpacklo_epi8(l0, l1), b = _mm512_unpackhi_epi8(l0, l1);
   const __m512i c = _mm512_unpacklo_epi8(l2, l3), d = _mm512_unpackhi_epi8(l2, l3);
-  // Each 128-bit lane has the quads of four rows of one panel: a 4 x 4 transposition of lanes.
-  const __m512i q0 = _mm512_unpacklo_epi16(a, c), q1 = _mm512_unpackhi_epi16(a, c);
-  const __m512i q2 = _mm512_unpacklo_epi16(b, d), q3 = _mm512_unpackhi_epi16(b, d);
-  const __m512i low01 = _mm512_shuffle_i32x4(q0, q1, 0x88), high01 = _mm512_shuffle_i32x4(q0, q1, 0xdd);
-  const __m512i low23 = _mm512_shuffle_i32x4(q2, q3, 0x88), high23 = _mm512_shuffle_i32x4(q2, q3, 0xdd);
-  _mm512_storeu_si512(out, _mm512_shuffle_i32x4(low01, low23, 0x88));
-  if (panels > 1) _mm512_storeu_si512(out + panel, _mm512_shuffle_i32x4(high01, high23, 0x88));
-  if (panels > 2) _mm512_storeu_si512(out + 2 * panel, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-  if (panels > 3) _mm512_storeu_si512(out + 3 * panel, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  // Each 128-bit lane has the quads of four rows of one panel.
+  __m512i quads[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d),
+                      _mm512_unpackhi_epi16(b, d)};
+  transpose_lanes(quads);
+  for (int64_t i = 0; i < panels; ++i) _mm512_storeu_si512(out + i * panel, quads[i]);
 }
 
 CNMIX_AVX512 void transpose_tile(uint8_t* tile) {
@@ -87,26 +85,24 @@ CNMIX_AVX512 void flip_bytes(uint8_t* out, int64_t bytes, uint8_t flip) {
     _mm512_storeu_si512(out + i, _mm512_xor_si512(_mm512_loadu_si512(out + i), mask));
 }
 
-// Lines that are rows: tiles of rows as they come.
+// Lines that are rows: sixteen of them, tile by tile.
 CNMIX_AVX512 void pack_rows(const Packing& job, int64_t first, int64_t last, uint8_t* out) {
-  const Lines lines(*job.operand, 1);
+  Lines lines(*job.operand, kTileRows);
   const int64_t tiles = job.tiles(), digits = job.operand->digits, panel = job.panel_bytes();
+  const uint8_t* from[kTileRows];
   for (int64_t p = first; p < last; ++p, out += panel) {
     for (int64_t r = 0; r < kTileRows; ++r) {
       const int64_t row = p * kTileRows + r;
-      uint8_t* to = out + r * kTileDepth;
-      if (row >= job.rows) {
-        for (int64_t t = 0; t < digits * tiles; ++t)
-          _mm512_storeu_si512(to + t * kTileBytes, _mm512_setzero_si512());
-        continue;
-      }
-      const uint8_t* line = lines.get(row, 0) + job.k_first * digits;
-      for (int64_t d = 0; d < digits; ++d)
-        for (int64_t t = 0; t < tiles; ++t, to += kTileBytes)
-          extract_digit(line + t * kTileDepth * digits, digits, d, job.k_count - t * kTileDepth, to);
+      from[r] = row < job.rows ? lines.get(row, r) + job.k_first * digits : nullptr;
     }
-    if (job.arrangement == QUADS)
-      for (int64_t t = 0; t < digits * tiles; ++t) transpose_tile(out + t * kTileBytes);
+    uint8_t* to = out;
+    for (int64_t d = 0; d < digits; ++d)
+      for (int64_t t = 0; t < tiles; ++t, to += kTileBytes) {
+        const int64_t at = t * kTileDepth, depth = job.k_count - at;
+        for (int64_t r = 0; r < kTileRows; ++r)
+          extract_digit(from[r] + at * digits, digits, d, from[r] ? depth : 0, to + r * kTileDepth);
+        if (job.arrangement == QUADS) transpose_tile(to);
+      }
     if (job.flip) flip_bytes(out, panel, job.flip);
   }
 }
@@ -114,7 +110,7 @@ CNMIX_AVX512 void pack_rows(const Packing& job, int64_t first, int64_t last, uin
 // Lines along the rows: tiles [tile_first, tile_last) of quads, four lines at a time.
 CNMIX_AVX512 void pack_quads(const Packing& job, int64_t first, int64_t last, int64_t tile_first, int64_t tile_last,
                              uint8_t* out) {
-  const Lines lines(*job.operand, kTileDepth);
+  Lines lines(*job.operand, kTileDepth);
   const int64_t tiles = job.tiles(), digits = job.operand->digits, panel = job.panel_bytes();
   const uint8_t* from[kTileDepth];
   alignas(64) uint8_t extracted[4][64];
@@ -125,6 +121,10 @@ CNMIX_AVX512 void pack_quads(const Packing& job, int64_t first, int64_t last, in
       const int64_t row = p * kTileRows, width = std::min<int64_t>(64, job.rows - row);
       const int64_t panels = std::min<int64_t>(4, last - p);
       uint8_t* tile = out + (p - first) * panel + t * kTileBytes;
+      if (!job.operand->windows && job.k_count - t * kTileDepth >= 2 * kTileDepth)
+        for (int64_t i = 0; i < kTileDepth; ++i)  // the next tile's: the lines lie too far apart for the processor to guess
+          _mm_prefetch(reinterpret_cast<const char*>(lines.get(job.k_first + (t + 1) * kTileDepth + i, i)) + row * digits,
+                       _MM_HINT_T0);
       for (int64_t d = 0; d < digits; ++d, tile += tiles * kTileBytes) {
         for (int64_t q = 0; q < kTileRows; ++q) {
           const uint8_t* four[4];

@@ -188,7 +188,27 @@ CNMIX_AMX void multiply_amx(const Piece& p, Panels panels, TileSums* sums) {
 }
 #endif
 
-// Rows of a in blocks, each packed by the thread that multiplies it, by a share of b's columns.
+// Up to two by two panels of the output: 32 x 32 sums for each weight.
+struct Block {
+  int64_t row, column;   // panels
+  int64_t rows, columns;
+};
+
+void finish_block(const Piece& p, const Block& block, const TileSums* sums) {
+  const bool wide = p.partial_bytes > 4 || p.weights > 1;
+  for (int64_t i = 0; i < block.rows; ++i)
+    for (int64_t j = 0; j < block.columns; ++j) {
+      const int64_t row = block.row + i, column = block.column + j;
+      uint8_t* partial = nullptr;
+      if (p.partial) partial = p.partial + (row * p.columns + column - p.column_first) * p.partial_bytes * 256;
+      if (wide)
+        finish_wide_tile(p, sums, i, j, row * kTileRows, column * kTileRows, partial);
+      else
+        finish_tile(p, sums[0][i][j], row * kTileRows, column * kTileRows, partial);
+    }
+}
+
+// Rows of a in a block, packed by the thread that multiplies it, by a share of b's columns.
 void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int64_t column_first, int64_t column_last) {
   const int64_t height = panel_last - panel_first, tiles = p.left.tiles();
   const int64_t left_bytes = p.left.panel_bytes(), right_bytes = p.right.panel_bytes();
@@ -198,37 +218,27 @@ void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int6
   const bool vnni = active_isa == AVX512_VNNI;
   if (vnni) sum_rows_vnni(left, height, tiles, row_sums);
   alignas(64) TileSums sums[kMostWeights];
-  const bool wide = p.partial_bytes > 4 || p.weights > 1;
-  // As many columns as the cache holds; rows outside, so that lines of the output are written from end to end.
-  const int64_t together = std::max<int64_t>(2, kColumnBytes / right_bytes / 2 * 2);
-  for (int64_t from = column_first; from < column_last; from += together)
-  for (int64_t r = 0; r < height; r += 2) {
-    const uint8_t* a = left + r * left_bytes;
-    const bool two_rows = r + 1 < height;
-    const int64_t to = std::min(column_last, from + together);
-    for (int64_t c = from; c < to; c += 2) {
-      const uint8_t* b = p.right_panels + (c - p.column_first) * right_bytes;
-      const bool two_columns = c + 1 < to;
-      const Panels panels{{a, two_rows ? a + left_bytes : nullptr}, {b, two_columns ? b + right_bytes : nullptr}, tiles};
-      if (vnni) {
-        const int32_t* sums_of[2] = {row_sums + r * kTileRows, row_sums + (r + 1) * kTileRows};
-        multiply_vnni(panels, sums_of, sums[0]);
-      }
+  const auto multiply_block = [&](int64_t r, int64_t c, int64_t to) {
+    const Block block{panel_first + r, c, std::min<int64_t>(2, height - r), std::min<int64_t>(2, to - c)};
+    const uint8_t *a = left + r * left_bytes, *b = p.right_panels + (c - p.column_first) * right_bytes;
+    const Panels panels{
+        {a, block.rows > 1 ? a + left_bytes : nullptr}, {b, block.columns > 1 ? b + right_bytes : nullptr}, tiles};
+    if (vnni) multiply_vnni(panels, row_sums + r * kTileRows, sums[0]);
 #if defined(CNMIX_HAS_AMX)
-      if (!vnni) multiply_amx(p, panels, sums);
+    if (!vnni) multiply_amx(p, panels, sums);
 #endif
-      for (int i = 0; i < 1 + two_rows; ++i)
-        for (int j = 0; j < 1 + two_columns; ++j) {
-          const int64_t row_panel = panel_first + r + i, column_panel = c + j;
-          uint8_t* partial = nullptr;
-          if (p.partial)
-            partial = p.partial + (row_panel * p.columns + column_panel - p.column_first) * p.partial_bytes * 256;
-          if (wide)
-            finish_wide_tile(p, sums, i, j, row_panel * kTileRows, column_panel * kTileRows, partial);
-          else
-            finish_tile(p, sums[0][i][j], row_panel * kTileRows, column_panel * kTileRows, partial);
-        }
-    }
+    finish_block(p, block, sums);
+  };
+  // As many columns as the cache holds; the inner loop goes along the lines of the output.
+  const int64_t together = std::max<int64_t>(2, kColumnBytes / right_bytes / 2 * 2);
+  for (int64_t from = column_first; from < column_last; from += together) {
+    const int64_t to = std::min(column_last, from + together);
+    if (p.job->positions)
+      for (int64_t c = from; c < to; c += 2)
+        for (int64_t r = 0; r < height; r += 2) multiply_block(r, c, to);
+    else
+      for (int64_t r = 0; r < height; r += 2)
+        for (int64_t c = from; c < to; c += 2) multiply_block(r, c, to);
   }
 }
 

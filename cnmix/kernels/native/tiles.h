@@ -116,15 +116,15 @@ CNMIX_VNNI inline void multiply_half_vnni(const uint8_t* a, const uint8_t* b0, c
   }
 }
 
-// Products of int8 panels; `row_sums` are those of a's rows, sixteen for each panel.
-CNMIX_VNNI inline void multiply_vnni(const Panels& p, const int32_t* const* row_sums, TileSums& sums) {
+// Products of int8 panels; `row_sums` are those of a's rows.
+CNMIX_VNNI inline void multiply_vnni(const Panels& p, const int32_t* row_sums, TileSums& sums) {
   for (int i = 0; i < 2 && p.a[i]; ++i) {
     for (int half = 0; half < 2; ++half)
       multiply_half_vnni(p.a[i] + 512 * half, p.b[0], p.b[1] ? p.b[1] : p.b[0], p.tiles, sums[i][0][8 * half],
                          sums[i][1][8 * half]);
     for (int j = 0; j < 2; ++j)
       for (int r = 0; r < kTileRows; ++r)
-        for (int c = 0; c < kTileRows; ++c) sums[i][j][r][c] -= 128 * row_sums[i][r];
+        for (int c = 0; c < kTileRows; ++c) sums[i][j][r][c] -= 128 * row_sums[i * kTileRows + r];
   }
 }
 

@@ -38,11 +38,35 @@ inline int64_t met_pixel(const CnmixWindows& w, int dim, int64_t position, int64
   return at < w.size[dim] ? at : -1;
 }
 
+// Where a window lies. Going on to the next one costs no divisions.
+struct WindowPlace {
+  int64_t index = -1, image = 0, position[3] = {0, 0, 0};
+
+  void move_to(const CnmixWindows& w, int64_t wanted) {
+    if (index < 0 || wanted != index + 1) {
+      position[2] = wanted % w.output[2];
+      const int64_t lines = wanted / w.output[2];
+      position[1] = lines % w.output[1];
+      position[0] = lines / w.output[1] % w.output[0];
+      image = lines / w.output[1] / w.output[0];
+    } else if (++position[2] == w.output[2]) {
+      position[2] = 0;
+      if (++position[1] == w.output[1]) {
+        position[1] = 0;
+        if (++position[0] == w.output[0]) {
+          position[0] = 0;
+          ++image;
+        }
+      }
+    }
+    index = wanted;
+  }
+};
+
 // Gathers one window of (images, *size, channels) into (taps, channels); zeros outside the input.
-inline void gather_window(const uint8_t* x, const CnmixWindows& w, int64_t index, uint8_t* to) {
-  const int64_t o2 = index % w.output[2], rest = index / w.output[2];
-  const int64_t o1 = rest % w.output[1], o0 = rest / w.output[1] % w.output[0];
-  const uint8_t* image = x + rest / w.output[1] / w.output[0] * w.size[0] * w.size[1] * w.size[2] * w.pixel;
+inline void gather_window(const uint8_t* x, const CnmixWindows& w, const WindowPlace& place, uint8_t* to) {
+  const int64_t o0 = place.position[0], o1 = place.position[1], o2 = place.position[2];
+  const uint8_t* image = x + place.image * w.size[0] * w.size[1] * w.size[2] * w.pixel;
   const int64_t first = o2 * w.stride[2] - w.before[2];
   const bool dense = w.dilation[2] == 1 && w.step[2] == 1 && w.pixel == w.run && first >= 0 &&
                      first + w.kernel[2] <= w.size[2];
