@@ -77,44 +77,59 @@ CNMIX_AVX512 inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// Writes a tile of sixteen registers: rows as they lie, or columns of an image's positions.
-CNMIX_AVX512 void write_tile(const CnmixProduct& job, int64_t row, int64_t column, __m512* r) {
+// Writes a tile of sixteen registers, scaled and with their bias: rows as they lie, or columns of an image's positions.
+CNMIX_AVX512 inline void write_tile(const CnmixProduct& job, int64_t row, int64_t column, __m512* r) {
   const int64_t height = std::min(kTileRows, job.m - row), width = std::min(kTileRows, job.n - column);
   const __mmask16 lanes = first_lanes(width);
   const __m512 scale = _mm512_set1_ps(job.scale);
-  const __m512 bias = job.bias ? _mm512_maskz_loadu_ps(lanes, job.bias + column) : _mm512_setzero_ps();
-  for (int i = 0; i < 16; ++i) {
-    r[i] = _mm512_mul_ps(r[i], scale);
-    if (job.bias) r[i] = _mm512_add_ps(r[i], bias);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_mul_ps(r[i], scale);
+  if (job.bias) {
+    const __m512 bias = _mm512_maskz_loadu_ps(lanes, job.bias + column);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_add_ps(r[i], bias);
   }
   if (!job.positions) {
-    float* to = job.out + row * job.row_stride + column;
-    for (int64_t i = 0; i < height; ++i, to += job.row_stride) _mm512_mask_storeu_ps(to, lanes, r[i]);
+    const int64_t stride = job.row_stride;
+    float* to = job.out + row * stride + column;
+    if (height == kTileRows && width == kTileRows) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * stride, r[i]);
+      return;
+    }
+    for (int64_t i = 0; i < height; ++i) _mm512_mask_storeu_ps(to + i * stride, lanes, r[i]);
     return;
   }
   transpose_registers(reinterpret_cast<__m512i*>(r));
   for (int64_t done = 0; done < height;) {  // a tile may reach into further images
     const int64_t image = (row + done) / job.positions, position = (row + done) % job.positions;
-    const int64_t count = std::min(height - done, job.positions - position);
+    const int64_t count = std::min(height - done, job.positions - position), stride = job.positions;
     const __mmask16 part = static_cast<__mmask16>(first_lanes(count) << done);
-    float* to = job.out + image * job.image_stride + column * job.positions + position - done;
-    for (int64_t j = 0; j < width; ++j, to += job.positions) _mm512_mask_storeu_ps(to, part, r[j]);
+    float* to = job.out + image * job.image_stride + column * stride + position - done;
+    for (int64_t j = 0; j < width; ++j) _mm512_mask_storeu_ps(to + j * stride, part, r[j]);
     done += count;
   }
 }
 
-// int8: int32 sums, or int64 where K is very long.
+// int8: int32 sums.
 CNMIX_AVX512 void finish_tile(const Piece& p, const int32_t (*sums)[kTileRows], int64_t row, int64_t column,
                               uint8_t* partial) {
-  __m512 out[16];
-  int32_t* kept = reinterpret_cast<int32_t*>(partial);
-  for (int i = 0; i < 16; ++i) {
-    __m512i v = _mm512_loadu_si512(sums[i]);
-    if (kept && !p.first) v = _mm512_add_epi32(v, _mm512_loadu_si512(kept + 16 * i));
-    if (kept && !p.last) _mm512_storeu_si512(kept + 16 * i, v);
-    out[i] = _mm512_cvtepi32_ps(v);
+  __m512i v[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(sums[i]);
+  if (partial) {
+    int32_t* kept = reinterpret_cast<int32_t*>(partial);
+    if (!p.first)
+      for (int i = 0; i < 16; ++i) v[i] = _mm512_add_epi32(v[i], _mm512_loadu_si512(kept + 16 * i));
+    if (!p.last) {
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(kept + 16 * i, v[i]);
+      return;
+    }
   }
-  if (p.last) write_tile(*p.job, row, column, out);
+  __m512 out[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) out[i] = _mm512_cvtepi32_ps(v[i]);
+  write_tile(*p.job, row, column, out);
 }
 
 // Eight integers high * 2**32 + low, with low in [0, 2**32), as floats. Where the number fits int64, convert it; else
@@ -169,44 +184,54 @@ CNMIX_AVX512 void finish_wide_tile(const Piece& p, const TileSums* sums, int i, 
   write_tile(*p.job, row, column, registers);
 }
 
-#if defined(CNMIX_HAS_AMX)
-// All digit products of up to 32 x 32 sums. A digit's tiles lie `tiles` apart in its panel.
-CNMIX_AMX void multiply_amx(const Piece& p, Panels panels, TileSums* sums) {
-  const int64_t a_digits = p.job->a.digits, b_digits = p.job->b.digits, digit = panels.tiles * kTileBytes;
-  for (int64_t s = 0; s < p.weights; ++s) {
-    zero_tiles();
-    for (int64_t i = std::max<int64_t>(0, s - b_digits + 1); i <= s && i < a_digits; ++i) {
-      Panels one = panels;
-      for (int side = 0; side < 2; ++side) {
-        if (one.a[side]) one.a[side] += i * digit;
-        if (one.b[side]) one.b[side] += (s - i) * digit;
-      }
-      add_digits_amx(one, i == a_digits - 1, s - i == b_digits - 1);
-    }
-    store_tiles(sums[s]);
-  }
-}
-#endif
-
-// Up to two by two panels of the output: 32 x 32 sums for each weight.
+// Up to two by two panels of the output, with 32 x 32 sums for each weight.
 struct Block {
-  int64_t row, column;   // panels
-  int64_t rows, columns;
+  int64_t row = 0, column = 0;   // panels
+  int64_t rows = 0, columns = 0;
+  TileSums* sums = nullptr;
 };
 
-void finish_block(const Piece& p, const Block& block, const TileSums* sums) {
-  const bool wide = p.partial_bytes > 4 || p.weights > 1;
-  for (int64_t i = 0; i < block.rows; ++i)
-    for (int64_t j = 0; j < block.columns; ++j) {
-      const int64_t row = block.row + i, column = block.column + j;
-      uint8_t* partial = nullptr;
-      if (p.partial) partial = p.partial + (row * p.columns + column - p.column_first) * p.partial_bytes * 256;
-      if (wide)
-        finish_wide_tile(p, sums, i, j, row * kTileRows, column * kTileRows, partial);
-      else
-        finish_tile(p, sums[0][i][j], row * kTileRows, column * kTileRows, partial);
-    }
+constexpr int kTilesOfBlock = 4;
+
+// Rounds and writes one of the block's four tiles.
+void finish_one(const Piece& p, const Block& block, int tile) {
+  const int64_t i = tile / 2, j = tile % 2;
+  if (i >= block.rows || j >= block.columns) return;
+  const int64_t row = block.row + i, column = block.column + j;
+  uint8_t* partial = nullptr;
+  if (p.partial) partial = p.partial + (row * p.columns + column - p.column_first) * p.partial_bytes * 256;
+  if (p.partial_bytes > 4 || p.weights > 1)
+    finish_wide_tile(p, block.sums, i, j, row * kTileRows, column * kTileRows, partial);
+  else
+    finish_tile(p, block.sums[0][i][j], row * kTileRows, column * kTileRows, partial);
 }
+
+#if defined(CNMIX_HAS_AMX)
+// All digit products of a block. A digit's tiles lie `panels.tiles` apart in its panel. The block before it is finished
+// meanwhile, a tile at a time between stretches of products: the tile unit is slow to start on what stands behind much
+// other work.
+CNMIX_AMX void multiply_amx(const Piece& p, const Panels& panels, const Block& block, const Block& before) {
+  const int64_t a_digits = p.job->a.digits, b_digits = p.job->b.digits, digit = panels.tiles * kTileBytes;
+  int finished = 0;
+  for (int64_t s = 0; s < p.weights; ++s) {
+    zero_tiles();
+    for (int64_t i = std::max<int64_t>(0, s - b_digits + 1); i <= s && i < a_digits; ++i)
+      for (int64_t done = 0; done < panels.tiles;) {
+        Panels part = panels;
+        part.tiles = std::min((panels.tiles + kTilesOfBlock - 1) / kTilesOfBlock, panels.tiles - done);
+        for (int side = 0; side < 2; ++side) {
+          if (part.a[side]) part.a[side] += i * digit + done * kTileBytes;
+          if (part.b[side]) part.b[side] += (s - i) * digit + done * kTileBytes;
+        }
+        add_digits_amx(part, i == a_digits - 1, s - i == b_digits - 1);
+        done += part.tiles;
+        if (finished < kTilesOfBlock) finish_one(p, before, finished++);
+      }
+    store_tiles(block.sums[s]);
+  }
+  while (finished < kTilesOfBlock) finish_one(p, before, finished++);
+}
+#endif
 
 // Rows of a in a block, packed by the thread that multiplies it, by a share of b's columns.
 void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int64_t column_first, int64_t column_last) {
@@ -217,17 +242,22 @@ void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int6
   int32_t* row_sums = reinterpret_cast<int32_t*>(left + height * left_bytes);
   const bool vnni = active_isa == AVX512_VNNI;
   if (vnni) sum_rows_vnni(left, height, tiles, row_sums);
-  alignas(64) TileSums sums[kMostWeights];
+  alignas(64) TileSums sums[2][kMostWeights];
+  Block before;
   const auto multiply_block = [&](int64_t r, int64_t c, int64_t to) {
-    const Block block{panel_first + r, c, std::min<int64_t>(2, height - r), std::min<int64_t>(2, to - c)};
+    const Block block{panel_first + r, c, std::min<int64_t>(2, height - r), std::min<int64_t>(2, to - c),
+                      before.sums == sums[0] ? sums[1] : sums[0]};
     const uint8_t *a = left + r * left_bytes, *b = p.right_panels + (c - p.column_first) * right_bytes;
     const Panels panels{
         {a, block.rows > 1 ? a + left_bytes : nullptr}, {b, block.columns > 1 ? b + right_bytes : nullptr}, tiles};
-    if (vnni) multiply_vnni(panels, row_sums + r * kTileRows, sums[0]);
+    if (vnni) {
+      multiply_vnni(panels, row_sums + r * kTileRows, block.sums[0]);
+      for (int tile = 0; tile < kTilesOfBlock; ++tile) finish_one(p, before, tile);
+    }
 #if defined(CNMIX_HAS_AMX)
-    if (!vnni) multiply_amx(p, panels, sums);
+    if (!vnni) multiply_amx(p, panels, block, before);
 #endif
-    finish_block(p, block, sums);
+    before = block;
   };
   // As many columns as the cache holds; the inner loop goes along the lines of the output.
   const int64_t together = std::max<int64_t>(2, kColumnBytes / right_bytes / 2 * 2);
@@ -240,6 +270,7 @@ void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int6
       for (int64_t r = 0; r < height; r += 2)
         for (int64_t c = from; c < to; c += 2) multiply_block(r, c, to);
   }
+  for (int tile = 0; tile < kTilesOfBlock; ++tile) finish_one(p, before, tile);
 }
 
 #if defined(CNMIX_HAS_AMX)
