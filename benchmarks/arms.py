@@ -252,6 +252,12 @@ def _cnmix_int8(task: Task, model: nn.Module, epoch: int) -> Arm:
     return _cnmix(task, model, epoch, max_bitwidth=8)
 
 
+def _cnmix_int8_compiled(task: Task, model: nn.Module, epoch: int) -> Arm:
+    arm = _cnmix_int8(task, model, epoch)
+    arm.run = _compiled(model)
+    return arm
+
+
 ARMS: dict[str, tuple[str, Callable[[Task, nn.Module, int], Arm]]] = {
     "float32": ("float32", _float32),
     "float32_onednn": ("float32, oneDNN products", _float32_onednn),
@@ -263,5 +269,6 @@ ARMS: dict[str, tuple[str, Callable[[Task, nn.Module, int], Arm]]] = {
     "torchao_compiled": ("torchao int8, compiled", _torchao_compiled),
     "fake_quant": ("fake-quantized int8", _fake_quant),
     "cnmix_int8": ("cnmix O1, int8", _cnmix_int8),
+    "cnmix_int8_compiled": ("cnmix O1, int8, compiled", _cnmix_int8_compiled),
     "cnmix_adaptive": ("cnmix O1, adaptive", _cnmix),
 }

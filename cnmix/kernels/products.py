@@ -62,9 +62,7 @@ def multiply_into(
         by_image = sums.view(out.shape[0], out.shape[2], n)
         native.dequantize_channels_first(library, by_image, out, 2.0**exponent, bias)
         return out
-    target = (
-        out if out is not None and out.dim() == 2 else native.empty((m, n), torch.float32)
-    )
+    target = out if out is not None and out.dim() == 2 else native.empty((m, n), torch.float32)
     if library is not None and fused and _uses_digits(a, b, bits):
 
         def round_rows(piece: slice, parts: dict[str, Tensor | None], constant: int) -> None:

@@ -147,8 +147,7 @@ def _readable(matrix: Tensor) -> Tensor:
 
 def _matrix(matrix: Tensor) -> native.Operand:
     """Describes (rows, K)."""
-    rows, columns = matrix.shape
-    by_k = columns > 1 and matrix.stride(1) != 1
+    by_k = matrix.shape[1] > 1 and matrix.stride(1) != 1
     return native.Operand(matrix.data_ptr(), by_k, matrix.itemsize, 0, matrix.stride(1 if by_k else 0), 0, None)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +18,14 @@ from ..config import Product, QuantizeConfig
 from ..fixed_point import FixedPoint
 
 OPERANDS = ("input", "weight", "grad_output")
+
+# Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
+_MOST_ASIDE = 64
+
+# Operators of torch take tensors and numbers: a compiled graph knows its quantizers by number. Weak, so that nothing
+# lives longer for it.
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, ModuleQuantizers] = weakref.WeakValueDictionary()
 
 
 class ModuleQuantizers:
@@ -32,6 +42,7 @@ class ModuleQuantizers:
         grad_output: quantizer of the gradient of its output.
         fqn: fully qualified name of the module.
         product: "convolution" or "matmul".
+        handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
     """
 
     def __init__(self, config: QuantizeConfig, product: Product, fqn: str) -> None:
@@ -49,6 +60,9 @@ class ModuleQuantizers:
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
         self._frozen = False
+        self._aside: dict[int, tuple[Tensor, Tensor]] = {}
+        self._aside_count = 0
+        self.handle = _register(self)
 
     def __iter__(self) -> Iterator[tuple[str, OperandQuantizer]]:
         """Yields (operand name, quantizer)."""
@@ -105,6 +119,26 @@ class ModuleQuantizers:
         """Returns the weight's integers in the layout that the module's products want."""
         return kernels.to_channels_last(integers) if self.product == "convolution" else integers
 
+    def put_aside(self, integers: tuple[Tensor, Tensor]) -> int:
+        """Keeps the integers of input and weight for a backward pass; returns the number to fetch them with."""
+        self._aside_count += 1
+        self._aside[self._aside_count] = integers
+        while len(self._aside) > _MOST_ASIDE:  # of forward passes that no backward pass followed
+            del self._aside[min(self._aside)]
+        return self._aside_count
+
+    def take_back(self, number: int) -> tuple[Tensor, Tensor]:
+        """Returns what ``put_aside`` kept.
+
+        Raises:
+            RuntimeError: if it is gone: a backward pass ran a second time, or very many forward passes came between.
+        """
+        if number not in self._aside:
+            raise RuntimeError(
+                f"the integers of a forward pass of {self.fqn!r} are gone: run the backward pass once, soon after it"
+            )
+        return self._aside.pop(number)
+
     def check_trained(self) -> None:
         """Raises ValueError, naming the module, if it took no part in training."""
         check_trained({name: quantizer.state.step for name, quantizer in self}, self.fqn)
@@ -141,7 +175,31 @@ class ModuleQuantizers:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
             state.update(_weight_key=None, _weight_integers=None)
+        state["_aside"] = {}
+        del state["handle"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = _register(self)
+
+
+def _register(quantizers: ModuleQuantizers) -> Tensor:
+    handle = next(_handles)
+    _by_handle[handle] = quantizers
+    return torch.tensor(handle)
+
+
+def find_quantizers(handle: int) -> ModuleQuantizers:
+    """Returns the quantizers with this handle.
+
+    Raises:
+        RuntimeError: if their module is gone.
+    """
+    quantizers = _by_handle.get(handle)
+    if quantizers is None:
+        raise RuntimeError("a compiled graph ran whose cnmix module is gone: compile the model again")
+    return quantizers
 
 
 def check_trained(steps: Mapping[str, int], fqn: str) -> None:

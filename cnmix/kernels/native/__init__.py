@@ -159,9 +159,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | Non
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     dimensions = ctypes.c_int64 * len(shape)
     code = 2 if dtype.is_floating_point else 0
-    borrowed = native.cnmix_borrow(
-        size, len(shape), dimensions(*shape), dimensions(*strides), code, 8 * dtype.itemsize
-    )
+    borrowed = native.cnmix_borrow(size, len(shape), dimensions(*shape), dimensions(*strides), code, 8 * dtype.itemsize)
     if not borrowed:
         raise MemoryError(f"no memory for {size} bytes")
     return torch.utils.dlpack.from_dlpack(_new_capsule(borrowed, b"dltensor", None))
