@@ -14,7 +14,10 @@ from cnmix.fixed_point import BITS, FixedPoint, limits, storage_dtype
 from cnmix.kernels.reference import output_size
 
 FILLS = ("random", "extremes", "low", "high", "small", "sparse")
-MATRIX_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded_rows", "expanded_columns", "ones_stride")
+MATRIX_LAYOUTS = (
+    *("contiguous", "transposed", "sliced", "wide_rows", "wide_columns"),
+    *("expanded_rows", "expanded_columns", "overlapping", "ones_stride"),
+)
 CONV_LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "offset", "offset_channels_last")
 
 widths = st.sampled_from(BITS)
@@ -45,7 +48,7 @@ def integers(shape: Sequence[int], bits: int, fill: str = "random", seed: int = 
 
 
 def lay_out(matrix: Tensor, layout: str) -> Tensor:
-    """Puts a matrix into memory another way; the expanded layouts repeat its first row or column."""
+    """Puts a matrix into memory another way; the expanded and overlapping layouts change its values."""
     rows, columns = matrix.shape
     if layout == "transposed":
         return matrix.t().contiguous().t()
@@ -53,6 +56,13 @@ def lay_out(matrix: Tensor, layout: str) -> Tensor:
         wide = torch.full((2 * rows + 1, 3 * columns + 2), 77, dtype=matrix.dtype)
         view = wide[1 : 2 * rows + 1 : 2, 2 : 3 * columns + 2 : 3]
         return view.copy_(matrix)
+    if layout == "wide_rows":
+        return torch.full((rows, columns + 5), 77, dtype=matrix.dtype)[:, 3 : columns + 3].copy_(matrix)
+    if layout == "wide_columns":
+        return lay_out(matrix.t(), "wide_rows").t()
+    if layout == "overlapping" and rows and columns:
+        line = torch.cat((matrix[0], matrix[1:, -1]))
+        return line.as_strided((rows, columns), (1, 1))
     if layout == "expanded_rows" and rows:
         return matrix[:1].expand(rows, columns)
     if layout == "expanded_columns" and columns:
@@ -76,8 +86,10 @@ def matrix_pairs(
     position: st.SearchStrategy[int] = positions,
     smallest: int = 0,
     largest: int = 24,
+    size: st.SearchStrategy[int] | None = None,
 ) -> tuple[FixedPoint, FixedPoint]:
-    size = st.one_of(st.integers(smallest, 3), st.integers(smallest, largest))
+    if size is None:
+        size = st.one_of(st.integers(smallest, 3), st.integers(smallest, largest))
     (a_bits, b_bits), m, k, n = draw(bits), draw(size), draw(size), draw(size)
     pair = draw(operands((m, k), a_bits, position)), draw(operands((k, n), b_bits, position))
     layouts = st.sampled_from(MATRIX_LAYOUTS)
