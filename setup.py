@@ -27,7 +27,7 @@ class BuildNative(build_ext):
 
 
 native = "cnmix/kernels/native"
-sources = ("processor", "memory", "quantize", "layout", "digits", "panels", "product")
+sources = ("processor", "memory", "quantize", "layout", "digits", "panels", "product", "depthwise")
 setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[

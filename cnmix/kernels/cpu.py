@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import FixedPoint, scale_by_power_of_two
-from . import native, tiles
+from . import depthwise, native, tiles
 from .products import Sums, add_product, multiply_into, product_sums, round_into, rounded
 from .reference import output_size
 
@@ -58,7 +58,11 @@ def convolution(
     size = output_size(x.values.shape[2:], kernel, stride, padding, dilation)
     layout = has_channels_last(x.values) if channels_last is None else channels_last
     ones = [1] * len(size)
-    if x.finite and weight.finite and tiles.serve(x, weight):
+    finite = x.finite and weight.finite
+    if finite and depthwise.serve(x, weight, groups, x.values.shape[1], weight.values.shape[0]):
+        each = depthwise.Depthwise(_channels_last(x.values), size, kernel, stride, dilation, padding, ones)
+        return _as_image(each.correlate(weight.values.flatten(1).t(), x, weight, bias, layout), size, layout)
+    if finite and tiles.serve(x, weight):
         whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
         taps = _channels_last(weight.values)
         matrices = tiles.kernel_matrices(taps, groups)
@@ -97,8 +101,13 @@ def convolution_grad_input(
     ones = [1] * len(kernel)
     layout = has_channels_last(grad_output.values) if channels_last is None else channels_last
     by_tap = _channels_last(weight.values)
-    if grad_output.finite and weight.finite and tiles.serve(grad_output, weight):
-        pixels = _channels_last(grad_output.values)
+    finite = grad_output.finite and weight.finite
+    pixels = _channels_last(grad_output.values)
+    if finite and depthwise.serve(grad_output, weight, groups, input_size[1], weight.values.shape[0]):
+        each = depthwise.Depthwise(pixels, spatial, kernel, ones, dilation, before, stride)
+        reverse = weight.values.flatten(1).flip(1).t()
+        return _as_image(each.correlate(reverse, grad_output, weight, None, layout), spatial, layout)
+    if finite and tiles.serve(grad_output, weight):
         whole = tiles.Convolution(pixels, spatial, kernel, ones, dilation, before, stride, groups)
         matrices = tiles.transposed_kernel_matrices(by_tap, groups)
         out = whole.correlate(matrices, input_size[1], grad_output, weight, None, layout)
@@ -128,6 +137,10 @@ def convolution_grad_weight(
         return torch.full(tuple(weight_size), math.nan, dtype=torch.float32)
     size = grad_output.values.shape[2:]
     ones = [1] * len(kernel)
+    if depthwise.serve(grad_output, x, groups, x.values.shape[1], out_channels):
+        each = depthwise.Depthwise(_channels_last(x.values), size, kernel, stride, dilation, padding, ones)
+        sums = each.correlate_all(_channels_last(grad_output.values), grad_output, x)
+        return sums.t().contiguous().view(tuple(weight_size))
     if tiles.serve(grad_output, x):
         whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
         sums = whole.correlate_all(_channels_last(grad_output.values).flatten(0, -2), grad_output, x)

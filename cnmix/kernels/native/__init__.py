@@ -25,7 +25,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 3
+_ABI = 4
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -93,6 +93,20 @@ class Product(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("row_stride", "positions", "image_stride")),
+    ]
+
+
+class Depthwise(ctypes.Structure):
+    """A depthwise convolution; see depthwise.cpp."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("windows", ctypes.POINTER(Windows)),
+        *((name, ctypes.c_int64) for name in ("channels", "x_bytes", "other_bytes")),
+        ("scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
     ]
 
 
@@ -334,6 +348,8 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
         "cnmix_sums": [pointer, long, long, whole, whole, pointer],
         "cnmix_combine": [pointer],
         "cnmix_multiply": [pointer],
+        "cnmix_depthwise": [pointer],
+        "cnmix_depthwise_grad_weight": [pointer],
     }.items():
         function = getattr(native, name)
         function.argtypes, function.restype = arguments, None

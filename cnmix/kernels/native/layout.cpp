@@ -38,6 +38,27 @@ void transpose_tile(const uint8_t* from, uint8_t* to, int64_t rows, int64_t colu
   transpose_tile<uint8_t>(from + whole_rows * from_stride, to + whole_rows, rows - whole_rows, whole_columns,
                           from_stride, to_stride);
 }
+
+CNMIX_AVX512 void transpose_words_avx512(const uint32_t* from, uint32_t* to, int64_t from_stride, int64_t to_stride) {
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_stride);
+  transpose_registers(r);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
+}
+
+void transpose_tile(const uint32_t* from, uint32_t* to, int64_t rows, int64_t columns, int64_t from_stride,
+                    int64_t to_stride) {
+  constexpr int64_t kSide = 16;
+  const bool wide = active_isa >= AVX512;
+  const int64_t whole_rows = wide ? rows / kSide * kSide : 0, whole_columns = wide ? columns / kSide * kSide : 0;
+  for (int64_t c = 0; c < whole_columns; c += kSide)
+    for (int64_t r = 0; r < whole_rows; r += kSide)
+      transpose_words_avx512(from + r * from_stride + c, to + c * to_stride + r, from_stride, to_stride);
+  transpose_tile<uint32_t>(from + whole_columns, to + whole_columns * to_stride, rows, columns - whole_columns,
+                           from_stride, to_stride);
+  transpose_tile<uint32_t>(from + whole_rows * from_stride, to + whole_rows, rows - whole_rows, whole_columns,
+                           from_stride, to_stride);
+}
 #endif
 
 // (images, rows, columns) -> (images, columns, rows)
