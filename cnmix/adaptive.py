@@ -89,16 +89,19 @@ class OperandQuantizer:
 
         Outside training nothing is changed: the stored format serves, or before the first update one that fits ``x``.
         """
-        return self.with_sums(x, training, None)[0]
+        return self.measured(x, training)[0]
 
-    def with_sums(self, x: Tensor, training: bool, channel_dim: int | None) -> tuple[FixedPoint, Tensor | None]:
-        """Does the same, and where ``channel_dim`` is given sums ``x`` over all other dimensions in the same pass."""
+    def measured(
+        self, x: Tensor, training: bool, *, channel_dim: int | None = None, with_checksum: bool = False
+    ) -> tuple[FixedPoint, kernels.Statistics]:
+        """Does the same, and returns what the pass over ``x`` found; see ``kernels.quantize_measured``."""
         state = self.state
         due = training and self.due
         state.step += training
         if due:
-            quantized = self._update(x)
+            quantized, found = self._update(x)
             sums = None if channel_dim is None else kernels.channel_sums(x, channel_dim)
+            found = found._replace(channel_sums=sums, checksum=kernels.checksum(x) if with_checksum else None)
         else:
             rounding = self.rounding(training)
             quantized, found = kernels.quantize_measured(
@@ -109,14 +112,14 @@ class OperandQuantizer:
                 seed=state.seed,
                 stream=state.step,
                 channel_dim=channel_dim,
+                with_checksum=with_checksum,
             )
-            sums = found.channel_sums
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
             self._saw_nonfinite = True
             logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
-        return quantized, sums
+        return quantized, found
 
     @property
     def due(self) -> bool:
@@ -148,7 +151,7 @@ class OperandQuantizer:
         """
         self.state = parse_operand_state(state, self.name)
 
-    def _update(self, x: Tensor) -> FixedPoint:
+    def _update(self, x: Tensor) -> tuple[FixedPoint, kernels.Statistics]:
         """Measures, adjusts the format, schedules the next update, and quantizes.
 
         A tensor with NaN or infinity, and one of zeros alone, says nothing of the range: nothing is adjusted, and the
@@ -160,7 +163,7 @@ class OperandQuantizer:
         while True:
             quantized, found = kernels.quantize_measured(x, bits, None, measure=True)
             if not found.absmax > 0 or not quantized.finite:
-                return quantized
+                return quantized, found
             error = quantization_error(x, quantized, config.error_measure, found)
             wider = [width for width in BITS if bits < width <= config.max_bitwidth]
             if error <= threshold or not wider or config.mode == "fixed_width":
@@ -171,9 +174,9 @@ class OperandQuantizer:
         state.exceeds_max_bitwidth = error > threshold
         rounding = self.rounding(training=True)
         if rounding == "nearest_even":
-            return quantized
+            return quantized, found
         values = kernels.quantize(x, bits, quantized.position, rounding, seed=state.seed, stream=state.step)
-        return quantized._replace(values=values)
+        return quantized._replace(values=values), found
 
     def _schedule(self, position: int, error: float, widened: int = 0) -> None:
         """Takes this step's position and error into the state and sets the next update."""

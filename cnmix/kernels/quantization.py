@@ -43,6 +43,7 @@ def quantize_measured(
     stream: int = 0,
     measure: bool = False,
     channel_dim: int | None = None,
+    with_checksum: bool = False,
 ) -> tuple[FixedPoint, Statistics]:
     """Quantizes a tensor that may hold NaN or infinity, and says what it found.
 
@@ -55,6 +56,7 @@ def quantize_measured(
         stream: likewise.
         measure: also sum the magnitudes before and after.
         channel_dim: also sum ``x`` over all dimensions but this one.
+        with_checksum: also take the checksum of ``x``, which is float32 then.
 
     Returns:
         The operand, zeros and marked as not finite where ``x`` is not, and its statistics.
@@ -63,7 +65,17 @@ def quantize_measured(
     library = native.library()
     if library is not None:
         found = native.quantize(
-            library, source, out, bits, position, rounding, seed, stream, measure, _summed_dim(source, channel_dim)
+            library,
+            source,
+            out,
+            bits,
+            position,
+            rounding,
+            seed,
+            stream,
+            measure,
+            _summed_dim(source, channel_dim),
+            with_checksum and source.data_ptr() == x.data_ptr(),
         )
     else:
         largest = absmax(source)
@@ -76,6 +88,8 @@ def quantize_measured(
                 found = Statistics(largest, position, sum_of_magnitudes(source), sum_of_magnitudes(out))
     if channel_dim is not None and found.channel_sums is None:
         found = found._replace(channel_sums=channel_sums(source, channel_dim))
+    if with_checksum and found.checksum is None:
+        found = found._replace(checksum=checksum(x))
     finite = math.isfinite(found.absmax)
     if not finite:
         out.zero_()

@@ -94,11 +94,11 @@ def backward_products(
     kept = grad_output.dim() - 1 if saved.geometry is None else 1
     if qx is None and qw is None:
         return None, None, kernels.channel_sums(grad_output, kept) if needs_bias else None
-    qg, grad_bias = quantizers.grad_output.with_sums(grad_output, saved.training, kept if needs_bias else None)
+    qg, found = quantizers.grad_output.measured(grad_output, saved.training, channel_dim=kept if needs_bias else None)
     exact = quantizers.config.exact_int31
     if saved.geometry is None:
-        return *_linear_gradients(qg, qx, qw, saved, exact), grad_bias
-    return *_convolution_gradients(qg, qx, qw, saved, saved.geometry, exact), grad_bias
+        return *_linear_gradients(qg, qx, qw, saved, exact), found.channel_sums
+    return *_convolution_gradients(qg, qx, qw, saved, saved.geometry, exact), found.channel_sums
 
 
 def _linear_gradients(

@@ -57,6 +57,7 @@ class ModuleQuantizers:
             for operand in OPERANDS
         )
         self._weight_key: tuple[Any, ...] | None = None
+        self._weight_checksum: int | None = None
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
         self._frozen = False
@@ -89,7 +90,7 @@ class ModuleQuantizers:
         """Quantizes the weight once per version of it; micro-batches and both backward products share the integers.
 
         A version is the tensor's counter of in-place writes, its memory and, since writes through ``.data`` are not
-        counted, a checksum of its values: one pass over the weight.
+        counted, a checksum of its values: one pass over the weight, which quantizing it includes.
         """
         if self._frozen and self._weight_integers is not None:
             return self._weight_integers
@@ -97,21 +98,23 @@ class ModuleQuantizers:
         if weight.is_inference() or weight.dtype != torch.float32:  # inference tensors count no versions
             return self._weight_layout(quantizer(weight, training))
         rounding = quantizer.rounding(training)
-        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), rounding, kernels.checksum(weight))
+        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), rounding)
         known, state = self._weight_integers, quantizer.state
         if (
             known is not None
             and key == self._weight_key
             and (known.bits, known.position) == (state.bits, state.position)
             and not (training and quantizer.due and not self._weight_measured)
+            and kernels.checksum(weight) == self._weight_checksum
         ):
             if training:
                 quantizer.repeat()
             return known
-        integers = self._weight_layout(quantizer(weight, training))
+        quantized, found = quantizer.measured(weight, training, with_checksum=True)
+        integers = self._weight_layout(quantized)
         # Evaluation between micro-batches must not take away the integers that training drew at random.
         if integers.finite and rounding == quantizer.rounding(training=True):
-            self._weight_key, self._weight_integers = key, integers
+            self._weight_key, self._weight_checksum, self._weight_integers = key, found.checksum, integers
             self._weight_measured = training and state.updates > 0 and state.last_update == state.step - 1
         return integers
 

@@ -192,8 +192,10 @@ def test_gradient_is_quantized_once_for_both_products(make, shape, monkeypatch):
     module = make()
     convert(module, QuantizeConfig())
     seen = []
-    original = OperandQuantizer.with_sums
-    monkeypatch.setattr(OperandQuantizer, "with_sums", lambda self, *rest: seen.append(self) or original(self, *rest))
+    original = OperandQuantizer.measured
+    monkeypatch.setattr(
+        OperandQuantizer, "measured", lambda self, *rest, **more: seen.append(self) or original(self, *rest, **more)
+    )
     run(module, random(shape))
     operands = module.quantizers
     assert seen == [operands.input, operands.weight, operands.grad_output]

@@ -12,6 +12,7 @@ import functools
 import importlib.machinery
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 4
+_ABI = 5
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -42,7 +43,8 @@ class Statistics(NamedTuple):
         position: the position used.
         sum_x: sum of |x|, where measured.
         sum_q: sum of |q|, where measured.
-        channel_sums: float32 sums of the channels, where asked for.
+        channel_sums: float sums of the channels, where asked for.
+        checksum: as ``quantization.checksum`` returns it, where asked for.
     """
 
     absmax: float
@@ -50,11 +52,13 @@ class Statistics(NamedTuple):
     sum_x: float = 0.0
     sum_q: float = 0.0
     channel_sums: Tensor | None = None
+    checksum: int | None = None
 
 
 class _Statistics(ctypes.Structure):
     _fields_ = [
         ("absmax", ctypes.c_double),
+        ("checksum", ctypes.c_uint64),
         ("sum_x", ctypes.c_double),
         ("sum_q", ctypes.c_int64),
         ("position", ctypes.c_int32),
@@ -169,6 +173,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | Non
     size = math.prod(shape) * dtype.itemsize
     if native is None or size < _POOLED or len(shape) > _MOST_DIMENSIONS:
         return torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
+    if size > sys.maxsize // 2:  # ctypes would pass on the low bits alone
+        raise MemoryError(f"no memory for {size} bytes")
     if strides is None:
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     dimensions = ctypes.c_int64 * len(shape)
@@ -190,10 +196,11 @@ def quantize(
     stream: int,
     measure: bool,
     channel_dim: int | None = None,
+    checksum: bool = False,
 ) -> Statistics:
     """Quantizes dense float32 memory into ``out`` of the same layout; position None chooses the one that fits.
 
-    ``channel_dim`` asks for the sums over all other dimensions.
+    ``channel_dim`` asks for the sums over all other dimensions, ``checksum`` for that of the memory.
     """
     found = _Statistics()
     sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
@@ -209,12 +216,15 @@ def quantize(
         stream,
         0,
         measure,
+        checksum,
         0 if sums is None else sums.numel(),
         0 if channel_dim is None else x.stride(channel_dim),
         None if sums is None else sums.data_ptr(),
         ctypes.byref(found),
     )
-    return Statistics(found.absmax, found.position, found.sum_x, found.sum_q, sums)
+    return Statistics(
+        found.absmax, found.position, found.sum_x, found.sum_q, sums, found.checksum if checksum else None
+    )
 
 
 def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
@@ -338,7 +348,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in {
         "cnmix_quantize": [
             *(pointer, pointer, long, whole, whole, whole, whole),
-            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, long, long, pointer, pointer),
+            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, whole, long, long, pointer, pointer),
         ],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],
         "cnmix_gather": [pointer, pointer, pointer],

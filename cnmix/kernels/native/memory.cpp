@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 // Of DLPack 0.8 (dlpack.h), the structure in which tensors are handed over with a function that takes them back.
 struct DLTensor {
@@ -84,6 +87,9 @@ class Pool {
     shrink(bytes);
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  private:
   // Gives back what was not wanted for longest.
   void shrink(int64_t bytes) {
@@ -99,8 +105,18 @@ class Pool {
   int64_t idle_bytes_ = 0;
 };
 
+Pool& pool();
+
+Pool* make_pool() {
+#if defined(__unix__) || defined(__APPLE__)
+  // A forked process has one thread: were another one inside at that moment, nobody would unlock.
+  pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
+#endif
+  return new Pool;
+}
+
 Pool& pool() {
-  static Pool* const forever = new Pool;  // tensors may outlive the library's static objects
+  static Pool* const forever = make_pool();  // tensors may outlive the library's static objects
   return *forever;
 }
 

@@ -92,13 +92,23 @@ void add_to_channels(const float* x, int64_t n, int64_t index, const ChannelSums
   }
 }
 
+typedef uint32_t __attribute__((may_alias)) shared_bits;
+
+CNMIX_INLINE void checksum_block_body(const shared_bits* bits, int64_t n, int64_t first, uint64_t* sum) {
+  uint64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += bits[i] * static_cast<uint64_t>(2 * (first + i) + 1);
+  *sum = total;
+}
+CNMIX_DISPATCH(checksum_block, (const shared_bits* bits, int64_t n, int64_t first, uint64_t* sum), (bits, n, first, sum))
+
 template <typename Out>
 uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const Format& f, bool measure,
-                      const ChannelSums& wanted, double* sum_x, int64_t* sum_q) {
+                      const ChannelSums& wanted, double* sum_x, int64_t* sum_q, uint64_t* checksum) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<uint32_t> most(static_cast<size_t>(blocks));
   std::vector<double> sums_x(measure ? static_cast<size_t>(blocks) : 0);
   std::vector<int64_t> sums_q(measure ? static_cast<size_t>(blocks) : 0);
+  std::vector<uint64_t> sums_bits(checksum ? static_cast<size_t>(blocks) : 0);
   // Channels are summed by pieces of fixed length, and the pieces in order.
   constexpr int64_t kMostPieces = 64;
   const int64_t piece = wanted.out ? std::max(kGrain, (blocks + kMostPieces - 1) / kMostPieces) : 1;
@@ -112,6 +122,8 @@ uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const 
         sums_x[static_cast<size_t>(b)] = sum_of_magnitudes(x + at, length);
         sums_q[static_cast<size_t>(b)] = sum_of_integers(out + at, length);
       }
+      if (checksum)
+        checksum_block(reinterpret_cast<const shared_bits*>(x + at), length, at, &sums_bits[static_cast<size_t>(b)]);
       if (wanted.out) add_to_channels(x + at, length, at, wanted, by_piece.data() + b / piece * wanted.channels);
     }
   });
@@ -119,6 +131,7 @@ uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const 
   *sum_q = 0;
   for (double each : sums_x) *sum_x += each;
   for (int64_t each : sums_q) *sum_q += each;
+  for (uint64_t each : sums_bits) *checksum += each;
   for (int64_t c = 0; wanted.out && c < wanted.channels; ++c) {
     double total = 0;
     for (int64_t i = 0; i < pieces; ++i) total += by_piece[static_cast<size_t>(i * wanted.channels + c)];
@@ -141,13 +154,6 @@ uint32_t absmax_all(const float* x, int64_t n) {
   return all;
 }
 
-CNMIX_INLINE void checksum_block_body(const uint32_t* bits, int64_t n, int64_t first, uint64_t* sum) {
-  uint64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += bits[i] * static_cast<uint64_t>(2 * (first + i) + 1);
-  *sum = total;
-}
-CNMIX_DISPATCH(checksum_block, (const uint32_t* bits, int64_t n, int64_t first, uint64_t* sum), (bits, n, first, sum))
-
 }  // namespace
 }  // namespace cnmix
 
@@ -155,6 +161,7 @@ using namespace cnmix;
 
 struct CnmixStatistics {
   double absmax;      // NaN where x holds one
+  uint64_t checksum;  // as cnmix_checksum, where wanted
   double sum_x;       // of |x|, where measured
   int64_t sum_q;      // of |q|, where measured
   int32_t position;   // the one used
@@ -163,8 +170,8 @@ struct CnmixStatistics {
 // Quantizes n floats into `out`, of the width's integer type. With `choose`, the position is the one that fits the largest
 // magnitude; the output is undefined where that is not finite. `channel_sums` may be null.
 CNMIX_API void cnmix_quantize(const float* x, void* out, int64_t n, int bits, int choose, int position, int rounding,
-                              uint64_t seed, uint64_t stream, int64_t start, int measure, int64_t channels,
-                              int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
+                              uint64_t seed, uint64_t stream, int64_t start, int measure, int checksum,
+                              int64_t channels, int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
   if (choose) {
     const float largest = from_bits(absmax_all(x, n));
     int exponent = 0;
@@ -175,9 +182,11 @@ CNMIX_API void cnmix_quantize(const float* x, void* out, int64_t n, int bits, in
     }
   }
   const Format f = make_format(bits, position, rounding, seed, stream);
+  statistics->checksum = 0;
   const ChannelSums wanted{channels, inner, channel_sums};
   const auto quantize_to = [&](auto* to) {
-    return quantize_all(x, to, n, start, f, measure != 0, wanted, &statistics->sum_x, &statistics->sum_q);
+    return quantize_all(x, to, n, start, f, measure != 0, wanted, &statistics->sum_x, &statistics->sum_q,
+                        checksum ? &statistics->checksum : nullptr);
   };
   const uint32_t most = bits == 8    ? quantize_to(static_cast<int8_t*>(out))
                         : bits == 16 ? quantize_to(static_cast<int16_t*>(out))
