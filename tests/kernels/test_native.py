@@ -17,16 +17,6 @@ pytestmark = pytest.mark.skipif(library is None, reason=native.describe())
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids=["portable", "AVX2", "AVX-512"])
-def instructions(request):
-    best = library.cnmix_isa(-1)
-    if request.param > best:
-        pytest.skip("this processor has not these instructions")
-    library.cnmix_isa(request.param)
-    yield request.param
-    library.cnmix_isa(2)
-
-
 @given(
     values=st.lists(FLOATS, max_size=80),
     bits=st.sampled_from(BITS),
