@@ -78,6 +78,22 @@ def compare(gradients: Gradients, exact: Mapping[str, Tensor]) -> dict[str, Any]
     return {"median_error": statistics.median(errors), "largest_error": max(errors), "dead": dead}
 
 
+@contextlib.contextmanager
+def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collects the bytes that autograd saves for backward, by storage, without the model's own parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = tensor.numel() * tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
 def widths(model: nn.Module) -> dict[str, dict[str, int]]:
     """Counts the operands of cnmix's products by width: ``{"input": {"8": 4}, "weight": ..., "grad_output": ...}``."""
     found: dict[str, Counter[str]] = {}
@@ -113,9 +129,9 @@ def run_network(name: str, arms: list[str], repeats: int, settle: int) -> dict[s
                 not torch.equal(a, b) for a, b in zip(arm.model.parameters(), initial.parameters(), strict=True)
             )
             exact = exact_gradients(task, arm.model.state_dict()) if moved else at_start
-            with without_dropout(arm.model):
+            with without_dropout(arm.model), count_saved(arm.model) as saved:
                 arm.backward()
-            rows[key] = compare(arm.gradients(), exact)
+            rows[key] = compare(arm.gradients(), exact) | {"saved_bytes": sum(saved.values())}
             arm.step()
             ready[key] = arm
         except Exception as error:  # whatever a peer raises, its row says so and the others go on
@@ -167,7 +183,7 @@ def show(name: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     cells = []
     for key, row in rows.items():
         if "step" not in row:
-            cells.append([ARMS[key][0], "–", "–", "–", "–", "–", "–", _remark(row)])
+            cells.append([ARMS[key][0], *"–––––––", _remark(row)])
             continue
         step = row["step"]
         cells.append(
@@ -178,11 +194,12 @@ def show(name: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{row['speedup']:.2f}" if "speedup" in row else "–",
                 f"{row['median_error']:.2g}",
                 f"{row['largest_error']:.2g}",
+                f"{row['saved_bytes'] / 1e6:.0f}",
                 str(len(row["dead"])),
                 _remark(row),
             ]
         )
-    columns = ["arm", "ms", "quartiles", "× float32", "error", "worst", "dead", "remarks"]
+    columns = ["arm", "ms", "quartiles", "× float32", "error", "worst", "saved MB", "dead", "remarks"]
     table(TASKS[name].title, columns, cells)
 
 

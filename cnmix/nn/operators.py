@@ -110,7 +110,7 @@ def _(
     size = kernels.reference.output_size(
         x.shape[2:], weight.shape[2:], described.stride, described.padding, described.dilation
     )
-    y = _image(x, weight.shape[0], size, kernels.has_channels_last(x))
+    y = _image(x, weight.shape[0], size, kernels.has_channels_last(x), x.dtype)
     return y, x_values, weight_values, numbers
 
 
@@ -163,7 +163,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_weight, grad_bias = (grad_output.new_empty(0, dtype=torch.float32) for _ in range(3))
     if needs[0] and geometry:
-        grad_x = _image(grad_output.to(torch.float32), x_shape[1], x_shape[2:], channels_last)
+        grad_x = _image(grad_output, x_shape[1], x_shape[2:], channels_last, torch.float32)
     elif needs[0]:
         grad_x = grad_output.new_empty(x_shape, dtype=torch.float32)
     if needs[1]:
@@ -223,13 +223,13 @@ def _integers(
     if not geometry:
         return torch.empty_like(x, dtype=x_dtype), torch.empty_like(weight, dtype=weight_dtype)
     return (
-        _image(x.to(x_dtype), x.shape[1], x.shape[2:], channels_last=True),
-        _image(weight.to(weight_dtype), weight.shape[1], weight.shape[2:], channels_last=True),
+        _image(x, x.shape[1], x.shape[2:], True, x_dtype),
+        _image(weight, weight.shape[1], weight.shape[2:], True, weight_dtype),
     )
 
 
-def _image(like: Tensor, channels: int, size: Sequence[int], channels_last: bool) -> Tensor:
-    """Returns an uninitialized (N, channels, *size) of the dtype of ``like``, whose first dimension it has."""
+def _image(like: Tensor, channels: int, size: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialized (N, channels, *size), with the first dimension of ``like``."""
     if channels_last:
-        return like.new_empty((like.shape[0], *size, channels)).movedim(-1, 1)
-    return like.new_empty((like.shape[0], channels, *size))
+        return like.new_empty((like.shape[0], *size, channels), dtype=dtype).movedim(-1, 1)
+    return like.new_empty((like.shape[0], channels, *size), dtype=dtype)

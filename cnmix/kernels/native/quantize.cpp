@@ -67,7 +67,7 @@ CNMIX_INLINE void add_lines_body(const float* x, int64_t n, float* sums) {
 CNMIX_DISPATCH(add_lines, (const float* x, int64_t n, float* sums), (x, n, sums))
 
 // Sixteen lanes that are added in a fixed order, whatever vectors the compiler makes of them.
-CNMIX_INLINE void add_run_body(const float* x, int64_t n, float* sum) {
+CNMIX_INLINE void add_run_body(const float* x, int64_t n, double* sum) {
   float lanes[16] = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16)
@@ -77,20 +77,59 @@ CNMIX_INLINE void add_run_body(const float* x, int64_t n, float* sum) {
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
   *sum += lanes[0];
 }
-CNMIX_DISPATCH(add_run, (const float* x, int64_t n, float* sum), (x, n, sum))
+CNMIX_DISPATCH(add_run, (const float* x, int64_t n, double* sum), (x, n, sum))
 
-// Adds elements from `index` on to their channels.
-void add_to_channels(const float* x, int64_t n, int64_t index, const ChannelSums& wanted, float* sums) {
-  const int64_t length = wanted.inner == 1 ? wanted.channels : wanted.inner;
-  for (int64_t done = 0; done < n;) {
-    const int64_t first = (index + done) % length, count = std::min(n - done, length - first);
+// Adds up the channels of one piece after another. Floats take few sums each before these go into doubles: gradients are
+// often all alike, and then a long sum of floats rounds to the same side every time.
+class ChannelAdder {
+ public:
+  explicit ChannelAdder(const ChannelSums& wanted) : wanted_(wanted) {
+    if (!wanted.out) return;
+    totals_.resize(static_cast<size_t>(wanted.channels));
+    // Several pixels of few channels make one line.
     if (wanted.inner == 1)
-      add_lines(x + done, count, sums + first);
-    else
-      add_run(x + done, count, sums + (index + done) / wanted.inner % wanted.channels);
-    done += count;
+      lanes_.resize(static_cast<size_t>(wanted.channels * std::max<int64_t>(1, kLeastLanes / wanted.channels)));
   }
-}
+
+  // Adds the elements from `index` on.
+  void add(const float* x, int64_t n, int64_t index) {
+    const int64_t length = wanted_.inner == 1 ? lanes() : wanted_.inner;
+    for (int64_t done = 0; done < n;) {
+      const int64_t first = (index + done) % length, count = std::min(n - done, length - first);
+      if (wanted_.inner == 1)
+        add_lines(x + done, count, lanes_.data() + first);
+      else
+        add_run(x + done, count, &totals_[static_cast<size_t>((index + done) / wanted_.inner % wanted_.channels)]);
+      done += count;
+    }
+    in_lanes_ += n;
+    if (in_lanes_ >= kMostSums * lanes()) empty_lanes();
+  }
+
+  // Moves the sums since the last time to `out`.
+  void finish_piece(double* out) {
+    empty_lanes();
+    std::copy(totals_.begin(), totals_.end(), out);
+    std::fill(totals_.begin(), totals_.end(), 0.0);
+  }
+
+ private:
+  static constexpr int64_t kLeastLanes = 512, kMostSums = 64;
+
+  int64_t lanes() const { return static_cast<int64_t>(lanes_.size()); }
+
+  void empty_lanes() {
+    for (size_t first = 0; first < lanes_.size(); first += totals_.size())
+      for (size_t c = 0; c < totals_.size(); ++c) totals_[c] += lanes_[first + c];
+    std::fill(lanes_.begin(), lanes_.end(), 0.0f);
+    in_lanes_ = 0;
+  }
+
+  const ChannelSums wanted_;
+  std::vector<double> totals_;
+  std::vector<float> lanes_;
+  int64_t in_lanes_ = 0;
+};
 
 typedef uint32_t __attribute__((may_alias)) shared_bits;
 
@@ -111,10 +150,12 @@ uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const 
   std::vector<uint64_t> sums_bits(checksum ? static_cast<size_t>(blocks) : 0);
   // Channels are summed by pieces of fixed length, and the pieces in order.
   constexpr int64_t kMostPieces = 64;
-  const int64_t piece = wanted.out ? std::max(kGrain, (blocks + kMostPieces - 1) / kMostPieces) : 1;
+  const int64_t piece =
+      wanted.out ? std::max({kGrain, (blocks + kMostPieces - 1) / kMostPieces, 8 * wanted.channels / kBlock}) : 1;
   const int64_t pieces = (blocks + piece - 1) / piece;
-  std::vector<float> by_piece(wanted.out ? static_cast<size_t>(pieces * wanted.channels) : 0);
+  std::vector<double> by_piece(wanted.out ? static_cast<size_t>(pieces * wanted.channels) : 0);
   parallel_for(pieces, std::max<int64_t>(1, kGrain / piece), [&](int64_t begin, int64_t end) {
+    ChannelAdder channels(wanted);
     for (int64_t b = begin * piece; b < std::min(blocks, end * piece); ++b) {
       const int64_t at = b * kBlock, length = std::min(kBlock, n - at);
       most[static_cast<size_t>(b)] = quantize_any(x + at, out + at, length, start + at, f);
@@ -124,7 +165,9 @@ uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const 
       }
       if (checksum)
         checksum_block(reinterpret_cast<const shared_bits*>(x + at), length, at, &sums_bits[static_cast<size_t>(b)]);
-      if (wanted.out) add_to_channels(x + at, length, at, wanted, by_piece.data() + b / piece * wanted.channels);
+      if (!wanted.out) continue;
+      channels.add(x + at, length, at);
+      if ((b + 1) % piece == 0 || b + 1 == blocks) channels.finish_piece(by_piece.data() + b / piece * wanted.channels);
     }
   });
   *sum_x = 0;
