@@ -204,6 +204,8 @@ def quantize(
     """
     found = _Statistics()
     sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
+    # The stride of a single channel may be anything.
+    inner = 1 if channel_dim is None or x.shape[channel_dim] == 1 else x.stride(channel_dim)
     native.cnmix_quantize(
         x.data_ptr(),
         out.data_ptr(),
@@ -218,7 +220,7 @@ def quantize(
         measure,
         checksum,
         0 if sums is None else sums.numel(),
-        0 if channel_dim is None else x.stride(channel_dim),
+        inner,
         None if sums is None else sums.data_ptr(),
         ctypes.byref(found),
     )

@@ -95,7 +95,7 @@ class ChannelAdder {
   void add(const float* x, int64_t n, int64_t index) {
     const int64_t length = wanted_.inner == 1 ? lanes() : wanted_.inner;
     for (int64_t done = 0; done < n;) {
-      const int64_t first = (index + done) % length, count = std::min(n - done, length - first);
+      const int64_t first = (index + done) % length, count = std::min({n - done, length - first, kMostSums * 16});
       if (wanted_.inner == 1)
         add_lines(x + done, count, lanes_.data() + first);
       else
