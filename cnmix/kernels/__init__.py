@@ -45,10 +45,12 @@ def describe() -> dict[str, str]:
     return {
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "compiled part": native.describe(),
-        "int8 product": f"{variant.name}: {variant.reason}",
-        "int16 product": _int16_product(variant.name),
-        "int31 product": "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
-        "convolution": "windows gathered into a matrix, then the product of its widths",
+        "int8 product": _served(1) or f"{variant.name}: {variant.reason}",
+        "int16 product": _served(2) or _int16_product(variant.name),
+        "int31 product": _served(4)
+        or "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
+        "convolution": "the product of its widths, over windows"
+        + (" read where they lie; depthwise directly" if _served(1) else " gathered into a matrix"),
     }
 
 
@@ -58,6 +60,15 @@ def show_config() -> None:
     width = max(map(len, entries))
     for name, text in entries.items():
         print(f"{name:<{width}}  {text}")
+
+
+def _served(digits: int) -> str | None:
+    """Says how the compiled part multiplies operands of this many bytes, or None where torch does."""
+    library = native.library()
+    if library is None or not library.cnmix_multiplies(digits, digits):
+        return None
+    number = "" if digits == 1 else f", {digits} digits of 8 bits"
+    return f"compiled part, {native.instructions(library)}{number}, exact"
 
 
 def _int16_product(int8_variant: str) -> str:

@@ -153,12 +153,17 @@ def describe() -> str:
     """Says whether the compiled part serves, and with which instructions."""
     native = library()
     if native is not None:
-        return f"compiled, {_ISA[native.cnmix_isa(-1)]}, {native.cnmix_threads()} threads"
+        return f"compiled, {instructions(native)}, {native.cnmix_threads()} threads"
     if _switched_off():
         return "torch alone: CNMIX_NATIVE=0 switches the compiled part off"
     if _built() is not None:
         return f"torch alone: {_built()} is of another version or system; install cnmix again to build it"
     return "torch alone: the compiled part was not built (it needs a C++ compiler when cnmix is installed)"
+
+
+def instructions(native: ctypes.CDLL) -> str:
+    """Names the widest instructions in use."""
+    return _ISA[native.cnmix_isa(-1)]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
