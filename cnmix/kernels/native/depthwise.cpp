@@ -171,6 +171,9 @@ using namespace cnmix;
 
 // Multiplies each window by the taps of its channel.
 CNMIX_API void cnmix_depthwise(const CnmixDepthwise* job) {
+  constexpr int64_t kLongestInt32 = 131071;  // taps: 131072 * 2**14 is 2**31
+  if (job->x_bytes == 1 && job->other_bytes == 1 && taps_of(*job->windows) > kLongestInt32)
+    return correlate<int8_t, int8_t, int64_t>(*job);
   if (job->x_bytes == 1 && job->other_bytes == 1) return correlate<int8_t, int8_t, int32_t>(*job);
   if (job->x_bytes == 1) return correlate<int8_t, int16_t, int64_t>(*job);
   if (job->other_bytes == 1) return correlate<int16_t, int8_t, int64_t>(*job);
