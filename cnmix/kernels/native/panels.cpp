@@ -100,7 +100,7 @@ CNMIX_AVX512 void pack_rows(const Packing& job, int64_t first, int64_t last, uin
       for (int64_t t = 0; t < tiles; ++t, to += kTileBytes) {
         const int64_t at = t * kTileDepth, depth = job.k_count - at;
         for (int64_t r = 0; r < kTileRows; ++r)
-          extract_digit(from[r] + at * digits, digits, d, from[r] ? depth : 0, to + r * kTileDepth);
+          extract_digit(from[r] ? from[r] + at * digits : nullptr, digits, d, from[r] ? depth : 0, to + r * kTileDepth);
         if (job.arrangement == QUADS) transpose_tile(to);
       }
     if (job.flip) flip_bytes(out, panel, job.flip);

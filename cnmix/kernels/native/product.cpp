@@ -162,7 +162,7 @@ CNMIX_AVX512 void finish_wide_tile(const Piece& p, const TileSums* sums, int i, 
         else
           high = _mm512_add_epi64(high, shifted);
       }
-      int64_t* low_kept = kept + 32 * r + half;
+      int64_t* low_kept = kept ? kept + 32 * r + half : nullptr;
       if (kept && !p.first) {
         low = _mm512_add_epi64(low, _mm512_loadu_si512(low_kept));
         if (pairs) high = _mm512_add_epi64(high, _mm512_loadu_si512(low_kept + 16));
