@@ -240,9 +240,9 @@ def _fake_quant(task: Task, model: nn.Module, epoch: int) -> Arm:
     return Arm(task, model, model)
 
 
-def _cnmix(task: Task, model: nn.Module, epoch: int, **settings: Any) -> Arm:
+def _cnmix(task: Task, model: nn.Module, epoch: int, level: str = "O1", **settings: Any) -> Arm:
     arm = Arm(task, model, model, scale=True)
-    cnmix.initialize(model, arm.optimizer, opt_level="O1", steps_per_epoch=epoch, **settings)
+    cnmix.initialize(model, arm.optimizer, opt_level=level, steps_per_epoch=epoch, **settings)
     for _ in range(epoch + 1):
         arm.step()
     return arm
@@ -250,6 +250,14 @@ def _cnmix(task: Task, model: nn.Module, epoch: int, **settings: Any) -> Arm:
 
 def _cnmix_int8(task: Task, model: nn.Module, epoch: int) -> Arm:
     return _cnmix(task, model, epoch, max_bitwidth=8)
+
+
+def _cnmix_o2(task: Task, model: nn.Module, epoch: int) -> Arm:
+    return _cnmix(task, model, epoch, level="O2")
+
+
+def _cnmix_o3(task: Task, model: nn.Module, epoch: int) -> Arm:
+    return _cnmix(task, model, epoch, level="O3")
 
 
 def _cnmix_int8_compiled(task: Task, model: nn.Module, epoch: int) -> Arm:
@@ -271,4 +279,6 @@ ARMS: dict[str, tuple[str, Callable[[Task, nn.Module, int], Arm]]] = {
     "cnmix_int8": ("cnmix O1, int8", _cnmix_int8),
     "cnmix_int8_compiled": ("cnmix O1, int8, compiled", _cnmix_int8_compiled),
     "cnmix_adaptive": ("cnmix O1, adaptive", _cnmix),
+    "cnmix_o2": ("cnmix O2", _cnmix_o2),
+    "cnmix_o3": ("cnmix O3", _cnmix_o3),
 }

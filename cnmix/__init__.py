@@ -4,10 +4,12 @@
 """
 
 from . import core
-from .amp import initialize, load_state_dict, scale_loss, state_dict
+from .amp import dequantize, initialize, load_state_dict, scale_loss, state_dict
 from .config import QuantizeConfig
 from .core import cnmix_set_amp_quantify_params, cnmix_set_amp_use_online
 from .kernels import show_config
+from .overview import summary
+from .strategies import levels
 from .version import __version__
 
 __all__ = [
@@ -16,9 +18,12 @@ __all__ = [
     "cnmix_set_amp_quantify_params",
     "cnmix_set_amp_use_online",
     "core",
+    "dequantize",
     "initialize",
+    "levels",
     "load_state_dict",
     "scale_loss",
     "show_config",
     "state_dict",
+    "summary",
 ]

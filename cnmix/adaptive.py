@@ -99,9 +99,7 @@ class OperandQuantizer:
         due = training and self.due
         state.step += training
         if due:
-            quantized, found = self._update(x)
-            sums = None if channel_dim is None else kernels.channel_sums(x, channel_dim)
-            found = found._replace(channel_sums=sums, checksum=kernels.checksum(x) if with_checksum else None)
+            quantized, found = self._update(x, channel_dim, with_checksum)
         else:
             rounding = self.rounding(training)
             quantized, found = kernels.quantize_measured(
@@ -151,7 +149,7 @@ class OperandQuantizer:
         """
         self.state = parse_operand_state(state, self.name)
 
-    def _update(self, x: Tensor) -> tuple[FixedPoint, kernels.Statistics]:
+    def _update(self, x: Tensor, channel_dim: int | None, with_checksum: bool) -> tuple[FixedPoint, kernels.Statistics]:
         """Measures, adjusts the format, schedules the next update, and quantizes.
 
         A tensor with NaN or infinity, and one of zeros alone, says nothing of the range: nothing is adjusted, and the
@@ -160,8 +158,10 @@ class OperandQuantizer:
         config, state = self.config, self.state
         threshold = config.threshold_for(self.product)
         bits = state.bits
+        quantized, found = kernels.quantize_measured(
+            x, bits, None, measure=True, channel_dim=channel_dim, with_checksum=with_checksum
+        )
         while True:
-            quantized, found = kernels.quantize_measured(x, bits, None, measure=True)
             if not found.absmax > 0 or not quantized.finite:
                 return quantized, found
             error = quantization_error(x, quantized, config.error_measure, found)
@@ -169,6 +169,8 @@ class OperandQuantizer:
             if error <= threshold or not wider or config.mode == "fixed_width":
                 break
             bits = wider[0]
+            quantized, wide = kernels.quantize_measured(x, bits, None, measure=True)
+            found = wide._replace(channel_sums=found.channel_sums, checksum=found.checksum)
         self._schedule(quantized.position, error, widened=bits - state.bits)
         state.bits = bits
         state.exceeds_max_bitwidth = error > threshold

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from .config import Product, QuantizeConfig
 from .nn import quantized_modules
+from .nn.convert import revert
 from .nn.quantizers import check_module_state, check_widths
 from .optim import LossScaler, attach_scaler, gradients_of, scaler_of
 from .strategies import Strategy, find_level
@@ -30,6 +32,7 @@ class _Setup:
     level: type[Strategy]
     config: QuantizeConfig
     exclude: tuple[str, ...]
+    activations: torch.dtype
 
 
 @dataclass
@@ -63,6 +66,7 @@ def initialize(
     max_bitwidth: int | None = None,
     steps_per_epoch: int | None = None,
     loss_scale: float | str | None = None,
+    activation_dtype: torch.dtype | str | None = None,
     exclude: Sequence[str] = (),
     **settings: Any,
 ) -> tuple[Any, Any]:
@@ -75,11 +79,15 @@ def initialize(
     Args:
         models: a model, or a list of models.
         optimizers: its optimizer, a list of optimizers, or None (for inference, or where another call has it).
-        opt_level: "O0" (float32) or "O1" (adaptive fixed point).
+        opt_level: "O0" (float32), "O1" (adaptive fixed point), "O2" (the same up to int16, with bfloat16 between
+            products), "O3" (int8 and bfloat16), or one that ``cnmix.strategies.register_level`` was given. The keywords
+            below override its properties one by one; ``print(cnmix.levels())`` shows them.
         bitwidth: width that operands start with: 8 (default), 16 or 31.
         max_bitwidth: width that none exceeds: 8, 16 or 31 (default).
         steps_per_epoch: training steps in an epoch; the update schedule is written in epochs.
-        loss_scale: a factor, or "dynamic". Default: the level's (1).
+        loss_scale: a factor, or "dynamic". Default: "dynamic" where activations are float16, else 1.
+        activation_dtype: what flows between products: float32, bfloat16 or float16. Parameters are float32 always,
+            and are themselves the master weights. Default: the level's.
         exclude: fully qualified names of modules to leave in float32; a name covers all below it.
         **settings: any other field of ``cnmix.QuantizeConfig``: mode, interval, quantify_rate, threshold, alpha, beta,
             gamma, delta, error_measure, rounding, online, exact_int31.
@@ -104,9 +112,10 @@ def initialize(
                 f"initialize takes a torch optimizer, a list of them or None, got {type(optimizer).__name__}"
             )
     given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch, **settings}
-    config = level.defaults.replace(**{name: value for name, value in given.items() if value is not None})
-    scale = level.loss_scale if loss_scale is None else loss_scale
-    setup = _Setup(level, config, tuple(exclude))
+    config = level.configure({name: value for name, value in given.items() if value is not None})
+    activations = level.choose_activations(activation_dtype)
+    scale = level.choose_loss_scale(loss_scale, activations)
+    setup = _Setup(level, config, tuple(exclude), activations)
     new_models = [model for model in model_list if not _is_initialized(model, setup)]
     for place, model in enumerate(new_models, start=len(registry.models)):
         names = level.check(model, exclude)
@@ -133,7 +142,7 @@ def initialize(
     # Everything has been checked; from here on things change.
     explicit = {name for name, value in given.items() if value is not None}
     for model in new_models:
-        level.apply(model, config, exclude)
+        level.apply(model, config, exclude, activations)
         waiting = registry.waiting_models.pop(len(registry.models), None)
         registry.models[model] = setup
         _apply_settings(model, skip=explicit)
@@ -144,6 +153,18 @@ def initialize(
         registry.optimizers[optimizer] = scaler
         attach_scaler(optimizer, scaler)
     return models, optimizers
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Gives the plain model back, in place: float32 products, the same modules, parameters and ``state_dict``.
+
+    Returns:
+        ``model``.
+    """
+    target = unwrap(model)
+    revert(target)
+    registry.models.pop(target, None)
+    return model
 
 
 @contextlib.contextmanager

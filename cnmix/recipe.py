@@ -45,17 +45,14 @@ class OptionalCall:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-# The one setting that is the trainer's to say where the recipe does not.
-_FROM_TRAINER = "steps_per_epoch"
-
 FixedPointSection = dataclasses.make_dataclass(
     "FixedPointSection",
     [
         ("opt_level", str, "O1"),
         ("exclude", list[str], field(default_factory=list)),
-        # Checked by QuantizeConfig, which knows the ranges.
-        *((each.name, Any, each.default) for each in dataclasses.fields(QuantizeConfig) if each.name != _FROM_TRAINER),
-        (_FROM_TRAINER, Any, None),
+        # Checked by the level and QuantizeConfig. Null is the level's own; for steps_per_epoch, the trainer's.
+        ("activation_dtype", Any, None),
+        *((each.name, Any, None) for each in dataclasses.fields(QuantizeConfig)),
     ],
 )
 """The arguments of ``cnmix.initialize``: level, names to leave out, and the fields of ``cnmix.QuantizeConfig``."""
@@ -171,14 +168,16 @@ def _check_values(recipe: DictConfig) -> None:
     for name in ("batch_size", "epochs", "threads"):
         if recipe[name] is not None and recipe[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {recipe[name]}")
-    find_level(recipe.cnmix.opt_level).defaults.replace(**fixed_point_settings(recipe))
+    level = find_level(recipe.cnmix.opt_level)
+    level.configure(fixed_point_settings(recipe))
+    level.choose_activations(recipe.cnmix.activation_dtype)
 
 
 def fixed_point_settings(recipe: DictConfig) -> dict[str, Any]:
     """Returns the recipe's operand settings, as keywords of ``cnmix.QuantizeConfig``."""
     section = dict(OmegaConf.to_container(recipe.cnmix))  # type: ignore[arg-type]
-    left_out = {"opt_level", "exclude"} | ({_FROM_TRAINER} if section[_FROM_TRAINER] is None else set())
-    return {str(name): value for name, value in section.items() if name not in left_out}
+    others = ("opt_level", "exclude", "activation_dtype")
+    return {str(name): value for name, value in section.items() if name not in others and value is not None}
 
 
 def build_model(recipe: DictConfig) -> nn.Module:

@@ -188,7 +188,15 @@ def train(
     task = Classification(build_model(recipe), recipe, level, seed)
     # The recipe names modules of the network, which is `model` in the task.
     exclude = [f"model.{name}" for name in recipe.cnmix.exclude]
-    plugin = CnmixPlugin(level, exclude=exclude, settings=fixed_point_settings(recipe))
+    if find_level(level).quantizes:
+        plugin = CnmixPlugin(
+            level,
+            exclude=exclude,
+            activation_dtype=recipe.cnmix.activation_dtype,
+            settings=fixed_point_settings(recipe),
+        )
+    else:  # the baseline, which the recipe's settings are not for
+        plugin = CnmixPlugin(level)
     shuffled = DistributedSampler(data[0], num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[var-annotated]
     # Loaders draw a seed whenever they start; from a generator of their own, that leaves dropout's random state alone.
     loader = DataLoader(data[0], recipe.batch_size, sampler=shuffled, generator=torch.Generator().manual_seed(seed))

@@ -168,4 +168,5 @@ def _multiply(
         bias = bias.detach().to(torch.float32).contiguous()
     pointer = None if bias is None else bias.data_ptr()
     job = native.Product(*sizes, left, right, 2.0 ** (a.position + b.position), pointer, out, **layout)
-    library.cnmix_multiply(ctypes.byref(job))
+    if not library.cnmix_multiply(ctypes.byref(job)):
+        raise MemoryError(f"no memory for the sums of a product of {sizes[0]} x {sizes[2]} by {sizes[2]} x {sizes[1]}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import Precision
 from torch.nn import Module
 
 from .. import amp
 from ..nn import check_exclude, quantized_modules
+from ..nn.half import frame
 from ..strategies import find_level
 
 
@@ -17,11 +19,12 @@ class FabricCnmixPlugin(Precision):
     """Trains in adaptive fixed point under ``lightning.fabric.Fabric(plugins=[FabricCnmixPlugin()])``.
 
     Args:
-        opt_level: "O0" or "O1", see ``cnmix.initialize``.
+        opt_level: "O0" to "O3", see ``cnmix.initialize``.
         bitwidth: width that operands start with: 8, 16 or 31.
         max_bitwidth: width that none exceeds: 8, 16 or 31.
         steps_per_epoch: training steps in an epoch; the Trainer plugin takes it from the trainer where it is None.
         exclude: fully qualified names of modules to leave in float32.
+        activation_dtype: what flows between products: "float32", "bfloat16" or "float16"; the level's by default.
         settings: further fields of ``cnmix.QuantizeConfig``.
 
     Raises:
@@ -39,6 +42,7 @@ class FabricCnmixPlugin(Precision):
         max_bitwidth: int | None = None,
         steps_per_epoch: int | None = None,
         exclude: Sequence[str] = (),
+        activation_dtype: str | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         check_exclude(exclude)
@@ -48,12 +52,22 @@ class FabricCnmixPlugin(Precision):
         self.settings = {name: value for name, value in given.items() if value is not None}
         self.exclude = tuple(exclude)
         # Refuse bad settings where the plugin is written, not when training starts.
-        find_level(opt_level).defaults.replace(**self.settings)
+        level = find_level(opt_level)
+        level.configure(self.settings)
+        self.activation_dtype = activation_dtype
+        self._activations = level.choose_activations(activation_dtype)
         self._module: Module | None = None
 
     def convert_module(self, module: Module) -> Module:
         """Converts the model in place; Lightning calls this at the start of every fit, validate, test and predict."""
-        amp.initialize(module, None, self.opt_level, exclude=self.exclude, **self.settings)
+        settings: dict[str, Any] = dict(self.settings)
+        amp.initialize(
+            module, None, self.opt_level, exclude=self.exclude, activation_dtype=self.activation_dtype, **settings
+        )
+        if self._activations != torch.float32:
+            # A LightningModule computes its loss outside of forward, from what its parts return.
+            for part in module.children():
+                frame(part, self._activations)
         self._module = module
         return module
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import QuantizeConfig
+from .half import use_float32
 from .modules import QUANTIZED_CLASSES, QuantizedModule
 from .quantizers import ModuleQuantizers
 
@@ -43,6 +44,25 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
         if isinstance(module, nn.TransformerEncoderLayer) and any(quantized_modules(module)):
             module.activation_relu_or_gelu = 0
     return list(chosen)
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Makes the converted modules plain ones again, in place; returns their names.
+
+    Modules and parameters stay the same objects.
+    """
+    use_float32(model)
+    found = dict(quantized_modules(model))
+    plain_classes: dict[type[nn.Module], type[nn.Module]] = {ours: plain for plain, ours in QUANTIZED_CLASSES.items()}
+    for module in found.values():
+        module.__class__ = plain_classes[type(module)]  # type: ignore[assignment]
+        del module.__dict__["quantizers"]
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            relu = layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU)
+            gelu = layer.activation is nn.functional.gelu or isinstance(layer.activation, nn.GELU)
+            layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
+    return list(found)
 
 
 def convertible_modules(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:

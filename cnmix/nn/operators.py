@@ -37,8 +37,9 @@ def traced_product(
     """Multiplies as ``functional`` does, by an operator that a graph can hold."""
     numbers = [] if geometry is None else [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
     bits = (quantizers.input.state.bits, quantizers.weight.state.bits)  # guarded: a graph serves these widths
-    call = torch.empty(0)
-    return product(x, weight, bias, call, quantizers.handle, training, numbers, *bits, torch.is_grad_enabled())[0]
+    call, dtype = torch.empty(0), quantizers.output_dtype or x.dtype
+    keep = torch.is_grad_enabled()
+    return product(x, weight, bias, call, quantizers.handle, training, numbers, *bits, dtype, keep)[0]
 
 
 @torch.library.custom_op("cnmix::product", mutates_args=(), tags=_TAGS)
@@ -52,6 +53,7 @@ def product(
     geometry: Sequence[int],
     x_bits: int,
     weight_bits: int,
+    dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantizes input and weight, multiplies them, and returns what the backward pass needs.
@@ -66,6 +68,7 @@ def product(
         geometry: empty for Linear; else stride, padding and dilation per dimension, and groups.
         x_bits: width of the input's integers that are returned.
         weight_bits: of the weight's.
+        dtype: of the output.
         keep: whether a backward pass may follow; without, the integers are empty.
 
     Returns:
@@ -100,17 +103,18 @@ def _(
     geometry: Sequence[int],
     x_bits: int,
     weight_bits: int,
+    dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_values, weight_values = _integers(x, weight, geometry, x_bits, weight_bits, keep)
     numbers = x.new_empty(7, dtype=torch.int64)
     described = _geometry(geometry)
     if described is None:
-        return x.new_empty((*x.shape[:-1], weight.shape[0])), x_values, weight_values, numbers
+        return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype), x_values, weight_values, numbers
     size = kernels.reference.output_size(
         x.shape[2:], weight.shape[2:], described.stride, described.padding, described.dilation
     )
-    y = _image(x, weight.shape[0], size, kernels.has_channels_last(x), x.dtype)
+    y = _image(x, weight.shape[0], size, kernels.has_channels_last(x), dtype)
     return y, x_values, weight_values, numbers
 
 
@@ -199,7 +203,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ..
         needs,
     )
     wanted = zip(gradients, needs, ctx.dtypes, strict=True)
-    return *(gradient.to(dtype) if needed else None for gradient, needed, dtype in wanted), *([None] * 7)
+    return *(gradient.to(dtype) if needed else None for gradient, needed, dtype in wanted), *([None] * 8)
 
 
 product.register_autograd(_backward, setup_context=_setup_context)

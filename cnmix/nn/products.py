@@ -54,7 +54,8 @@ def forward_product(
     """Quantizes input and weight, and multiplies them.
 
     Returns:
-        The output in the dtype of ``x``, both operands, and what else ``backward_products`` takes.
+        The output in the dtype of ``x``, or the half type that the model computes in; both operands; and what else
+        ``backward_products`` takes.
     """
     qx = quantizers.input(x, training)
     qw = quantizers.quantize_weight(weight, training)
@@ -66,7 +67,8 @@ def forward_product(
     else:
         qx = kernels.to_channels_last(qx)  # once, for this product and grad_weight's
         y = kernels.convolution(qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact)
-    return y.to(x.dtype), qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last)
+    y = y.to(quantizers.output_dtype or x.dtype)
+    return y, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last)
 
 
 def backward_products(

@@ -42,6 +42,7 @@ class ModuleQuantizers:
         grad_output: quantizer of the gradient of its output.
         fqn: fully qualified name of the module.
         product: "convolution" or "matmul".
+        output_dtype: dtype of the module's output; None is that of its input.
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
     """
 
@@ -61,6 +62,7 @@ class ModuleQuantizers:
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
         self._frozen = False
+        self.output_dtype: torch.dtype | None = None
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
         self.handle = _register(self)

@@ -122,7 +122,7 @@ def test_one_graph_serves_layers_of_a_shape():
 
 def arguments(module, x, geometry, keep, requires_grad=False):
     tensors = [t.detach().clone().requires_grad_(requires_grad) for t in (x, module.weight, module.bias)]
-    return (*tensors, torch.empty(0), module.quantizers.handle, False, geometry, 8, 8, keep)
+    return (*tensors, torch.empty(0), module.quantizers.handle, False, geometry, 8, 8, torch.float32, keep)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 5
+_ABI = 6
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -364,7 +364,6 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
         "cnmix_split": [pointer, pointer, pointer, long],
         "cnmix_sums": [pointer, long, long, whole, whole, pointer],
         "cnmix_combine": [pointer],
-        "cnmix_multiply": [pointer],
         "cnmix_depthwise": [pointer],
         "cnmix_depthwise_grad_weight": [pointer],
     }.items():
@@ -374,6 +373,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.cnmix_isa.argtypes, native.cnmix_isa.restype = [whole], whole
     native.cnmix_borrow.argtypes = [long, whole, pointer, pointer, whole, whole]
     native.cnmix_borrow.restype = pointer
+    native.cnmix_multiply.argtypes, native.cnmix_multiply.restype = [pointer], whole
     native.cnmix_multiplies.argtypes, native.cnmix_multiplies.restype = [whole, whole], whole
     native.cnmix_threads.argtypes, native.cnmix_threads.restype = [], whole
     return native

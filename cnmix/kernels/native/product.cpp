@@ -34,21 +34,29 @@ constexpr int64_t kColumnBytes = 768 << 10;  // of packed b that one thread goes
 constexpr int64_t kRightBytes = 16 << 20;    // of packed b
 constexpr int64_t kLongestInt32 = 131071;    // of K: 131072 * 2**14 is 2**31
 constexpr int64_t kOperationsPerThread = 1 << 19;
+constexpr int64_t kMostKept = 64 << 20;      // bytes of sums that a thread keeps
 constexpr int kMostWeights = 7;
 
 // Memory that a thread keeps from call to call: fresh memory would fault page by page each time.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
+  // Null where there is none.
   uint8_t* get(int64_t bytes) {
     if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
-      if (!data_) std::abort();
+      release();
+      const int64_t whole = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(whole)));
+      size_ = data_ ? whole : 0;
     }
     return data_;
   }
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  int64_t size() const { return size_; }
 
  private:
   uint8_t* data_ = nullptr;
@@ -238,6 +246,7 @@ void multiply_rows(const Piece& p, int64_t panel_first, int64_t panel_last, int6
   const int64_t height = panel_last - panel_first, tiles = p.left.tiles();
   const int64_t left_bytes = p.left.panel_bytes(), right_bytes = p.right.panel_bytes();
   uint8_t* left = left_memory.get(height * left_bytes + height * kTileRows * 4);
+  if (!left) std::abort();  // about half a megabyte
   pack_panels(p.left, panel_first, panel_last, left);
   int32_t* row_sums = reinterpret_cast<int32_t*>(left + height * left_bytes);
   const bool vnni = active_isa == AVX512_VNNI;
@@ -323,7 +332,8 @@ void multiply_piece(const Piece& p, int64_t operations) {
   });
 }
 
-void multiply(const CnmixProduct& job) {
+// Returns whether there was memory for it.
+bool multiply(const CnmixProduct& job) {
   const int64_t digits = std::max(job.a.digits, job.b.digits);
   const int64_t pieces = std::max<int64_t>(1, (job.k * digits + kDepth - 1) / kDepth);
   const int64_t depth = std::max(kTileDepth, (job.k + pieces - 1) / pieces / kTileDepth * kTileDepth + kTileDepth);
@@ -338,6 +348,7 @@ void multiply(const CnmixProduct& job) {
   for (p.column_first = 0; p.column_first < all_columns; p.column_first += most_columns) {
     p.columns = std::min(most_columns, all_columns - p.column_first);
     p.partial = job.k > depth ? sums_memory.get(panels_of(job.m) * p.columns * 256 * p.partial_bytes) : nullptr;
+    if (job.k > depth && !p.partial) return false;
     // Also once for an empty K: its sums are zero.
     for (int64_t k = 0; k == 0 || k < job.k; k += depth) {
       const int64_t count = std::min(depth, job.k - k);
@@ -346,11 +357,14 @@ void multiply(const CnmixProduct& job) {
       p.first = k == 0;
       p.last = k + count >= job.k;
       uint8_t* right = right_memory.get(p.columns * p.right.panel_bytes());
+      if (!right) return false;
       pack_all(p.right, p.column_first, p.column_first + p.columns, right);
       p.right_panels = right;
       multiply_piece(p, job.m * p.columns * kTileRows * count * job.a.digits * job.b.digits);
     }
   }
+  if (sums_memory.size() > kMostKept) sums_memory.release();
+  return true;
 }
 
 #endif
@@ -366,10 +380,12 @@ CNMIX_API int cnmix_multiplies(int a_digits, int b_digits) {
   return active_isa == AVX512_VNNI && a_digits == 1 && b_digits == 1;
 }
 
-CNMIX_API void cnmix_multiply(const CnmixProduct* job) {
+// Returns 1, or 0 where memory was missing.
+CNMIX_API int cnmix_multiply(const CnmixProduct* job) {
 #if defined(CNMIX_X86)
-  multiply(*job);
+  return multiply(*job);
 #else
   (void)job;
+  return 0;
 #endif
 }

@@ -1,0 +1,147 @@
+"""What computes in fixed point in a model, with which widths, and what stayed float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .nn import quantized_modules
+from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
+from .tables import format_table
+
+# Modules that multiply by weights of their own and that this version does not convert.
+_UNCONVERTED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One module that multiplies.
+
+    Attributes:
+        fqn: fully qualified name.
+        kind: class of the module, as in the plain model.
+        weight: shape of its weight, where it has one.
+        widths: of input, weight and grad_output; None where it stayed float.
+        macs: multiply-accumulates of one forward pass; None where it was not seen in one.
+        reason: why it stayed float, or "".
+    """
+
+    fqn: str
+    kind: str
+    weight: tuple[int, ...] | None
+    widths: tuple[int, int, int] | None
+    macs: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The modules of a model that multiply; its text is a table."""
+
+    rows: tuple[SummaryRow, ...]
+
+    @property
+    def share(self) -> float | None:
+        """Share of multiply-accumulates in fixed point, where a forward pass was seen."""
+        total = sum(row.macs or 0 for row in self.rows)
+        return sum(row.macs or 0 for row in self.rows if row.widths) / total if total else None
+
+    def __str__(self) -> str:
+        total = sum(row.macs or 0 for row in self.rows)
+        table: list[tuple[str, ...]] = [
+            ("module", "class", "weight", "input", "weight bits", "grad_output", "MACs", "")
+        ]
+        for row in self.rows:
+            widths = tuple(f"int{bits}" for bits in row.widths) if row.widths else ("float", "float", "float")
+            shape = "–" if row.weight is None else "×".join(map(str, row.weight))
+            macs = f"{row.macs / total:.1%}" if row.macs is not None and total else "–"
+            table.append((row.fqn or "(the model)", row.kind, shape, *widths, macs, row.reason))
+        text = format_table(table)
+        if self.share is not None:
+            text += f"\n{self.share:.1%} of {total / 1e6:,.1f} million multiply-accumulates are in fixed point"
+        return text
+
+
+def summary(model: nn.Module, *example: Any) -> Summary:
+    """Lists the modules of a model that multiply: their widths, their share of the work, and what stayed float and why.
+
+    Args:
+        model: converted or not.
+        *example: what to call the model with, to count multiply-accumulates: one forward pass in evaluation mode,
+            without gradients, which changes no statistics. Without it they are not counted.
+
+    Returns:
+        A ``Summary``; print it.
+    """
+    chosen: dict[str, nn.Module] = {
+        fqn: module for fqn, module in model.named_modules() if isinstance(module, _UNCONVERTED)
+    }
+    macs: dict[str, int] = {}
+    if example:
+        with _counting(chosen, macs), _evaluation(model), torch.no_grad():
+            model(*example)
+    rows = []
+    inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
+    for fqn, module in chosen.items():
+        weight = getattr(module, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        if isinstance(module, QuantizedModule):
+            kind = next(plain.__name__ for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, ours))
+            bits = tuple(quantizer.state.bits for _, quantizer in module.quantizers)
+            rows.append(SummaryRow(fqn, kind, shape, (bits[0], bits[1], bits[2]), macs.get(fqn), ""))
+        elif not fqn.startswith(inside):
+            reason = _reason(module, any(quantized_modules(model)))
+            rows.append(SummaryRow(fqn, type(module).__name__, shape, None, macs.get(fqn), reason))
+    return Summary(tuple(rows))
+
+
+def _reason(module: nn.Module, converted: bool) -> str:
+    if not converted:
+        return "the model is not converted"
+    if type(module) in QUANTIZED_CLASSES:
+        return "left out"
+    if isinstance(module, tuple(QUANTIZED_CLASSES)):
+        return f"a subclass of {type(module).__mro__[1].__name__}: only the class itself is converted"
+    return f"{type(module).__name__} is not converted in this version"
+
+
+@contextmanager
+def _counting(chosen: dict[str, nn.Module], macs: dict[str, int]) -> Iterator[None]:
+    """Adds up the multiply-accumulates of Linear and convolutions as they are called."""
+    hooks = []
+    for fqn, module in chosen.items():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        transposed = getattr(module, "transposed", False)
+
+        def count(
+            module: nn.Module, args: Any, output: Any, fqn: str = fqn, w: Tensor = weight, t: bool = transposed
+        ) -> None:
+            counted = args[0] if t else output
+            if isinstance(counted, Tensor):
+                macs[fqn] = macs.get(fqn, 0) + counted.numel() * math.prod(w.shape[1:])
+
+        hooks.append(module.register_forward_hook(count))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
