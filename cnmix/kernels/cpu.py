@@ -24,13 +24,23 @@ from .reference import output_size
 _MATRIX_BLOCK = 1 << 22
 
 
-def matmul(a: FixedPoint, b: FixedPoint, *, bias: Tensor | None = None, exact_int31: bool = False) -> Tensor:
-    """Multiplies matrices: (M, K) by (K, N) gives float32 (M, N), plus ``bias`` (N,) in float32 where given."""
+def matmul(
+    a: FixedPoint,
+    b: FixedPoint,
+    *,
+    bias: Tensor | None = None,
+    exact_int31: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Multiplies matrices: (M, K) by (K, N) gives (M, N), plus ``bias`` (N,) in float32 where given.
+
+    The result is float32; another ``dtype`` is rounded from that.
+    """
     if not (a.finite and b.finite):
-        return torch.full((a.values.shape[0], b.values.shape[1]), math.nan, dtype=torch.float32)
+        return torch.full((a.values.shape[0], b.values.shape[1]), math.nan, dtype=dtype)
     if tiles.serve(a, b):
-        return tiles.matmul(a, b, bias)
-    return multiply_into(None, a.values, b.values, a, b, bias, exact_int31)
+        return tiles.matmul(a, b, bias, dtype)
+    return multiply_into(None, a.values, b.values, a, b, bias, exact_int31).to(dtype)
 
 
 def to_channels_last(x: FixedPoint) -> FixedPoint:
@@ -49,10 +59,12 @@ def convolution(
     bias: Tensor | None = None,
     channels_last: bool | None = None,
     exact_int31: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Convolves (N, C, *spatial) with (O, C / groups, *kernel) and adds ``bias`` (O,): float32 (N, O, *output).
+    """Convolves (N, C, *spatial) with (O, C / groups, *kernel) and adds ``bias`` (O,): (N, O, *output).
 
-    The output's memory has channels last where ``channels_last`` says so; by default where that of ``x`` has.
+    The result is float32; another ``dtype`` is rounded from that. Its memory has channels last where ``channels_last``
+    says so; by default where that of ``x`` has.
     """
     kernel = weight.values.shape[2:]
     size = output_size(x.values.shape[2:], kernel, stride, padding, dilation)
@@ -61,17 +73,17 @@ def convolution(
     finite = x.finite and weight.finite
     if finite and depthwise.serve(x, weight, groups, x.values.shape[1], weight.values.shape[0]):
         each = depthwise.Depthwise(_channels_last(x.values), size, kernel, stride, dilation, padding, ones)
-        return _as_image(each.correlate(weight.values.flatten(1).t(), x, weight, bias, layout), size, layout)
+        return _as_image(each.correlate(weight.values.flatten(1).t(), x, weight, bias, layout), size, layout).to(dtype)
     if finite and tiles.serve(x, weight):
         whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
         taps = _channels_last(weight.values)
         matrices = tiles.kernel_matrices(taps, groups)
-        out = whole.correlate(matrices, taps.shape[0], x, weight, bias, layout)
+        out = whole.correlate(matrices, taps.shape[0], x, weight, bias, layout, dtype)
         return _as_image(out, size, layout)
     windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, ones, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps * C / groups, O / groups)
     matrix = _channels_last(weight.values).flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
-    return _correlate(windows, matrix, x, weight, bias, layout, exact_int31)
+    return _correlate(windows, matrix, x, weight, bias, layout, exact_int31).to(dtype)
 
 
 def convolution_grad_input(
@@ -85,8 +97,9 @@ def convolution_grad_input(
     *,
     channels_last: bool | None = None,
     exact_int31: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns the gradient of a convolution's input, float32 of shape ``input_size``.
+    """Returns the gradient of a convolution's input, of shape ``input_size``; float32, or ``dtype`` rounded from that.
 
     The transposed convolution as a plain one: grad_output spread out by the stride, kernel taps in reverse order. The
     memory has channels last where ``channels_last`` says so; by default where that of ``grad_output`` has.
@@ -106,18 +119,18 @@ def convolution_grad_input(
     if finite and depthwise.serve(grad_output, weight, groups, input_size[1], weight.values.shape[0]):
         each = depthwise.Depthwise(pixels, spatial, kernel, ones, dilation, before, stride)
         reverse = weight.values.flatten(1).flip(1).t()
-        return _as_image(each.correlate(reverse, grad_output, weight, None, layout), spatial, layout)
+        return _as_image(each.correlate(reverse, grad_output, weight, None, layout), spatial, layout).to(dtype)
     if finite and tiles.serve(grad_output, weight):
         whole = tiles.Convolution(pixels, spatial, kernel, ones, dilation, before, stride, groups)
         matrices = tiles.transposed_kernel_matrices(by_tap, groups)
-        out = whole.correlate(matrices, input_size[1], grad_output, weight, None, layout)
+        out = whole.correlate(matrices, input_size[1], grad_output, weight, None, layout, dtype)
         return _as_image(out, spatial, layout)
     windows = _Windows(grad_output.values, spatial, kernel, ones, dilation, before, after, stride, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps in reverse * O / groups, C / groups)
     by_tap = by_tap.flatten(1, -2).unflatten(0, (groups, -1))
     taps = [by_tap[:, :, tap] for tap in reversed(range(by_tap.shape[2]))]
     matrix = torch.stack(taps, dim=1).flatten(1, 2)
-    return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31)
+    return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31).to(dtype)
 
 
 def convolution_grad_weight(

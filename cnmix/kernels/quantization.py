@@ -87,7 +87,7 @@ def quantize_measured(
             if measure:
                 found = Statistics(largest, position, sum_of_magnitudes(source), sum_of_magnitudes(out))
     if channel_dim is not None and found.channel_sums is None:
-        found = found._replace(channel_sums=channel_sums(source, channel_dim))
+        found = found._replace(channel_sums=channel_sums(source.to(torch.float32), channel_dim))
     if with_checksum and found.checksum is None:
         found = found._replace(checksum=checksum(x))
     finite = math.isfinite(found.absmax)
@@ -148,9 +148,13 @@ def sum_of_magnitudes(x: Tensor) -> float:
 
 
 def _prepare(x: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
-    """Returns dense float32 memory with the values of ``x``, and memory of the same layout for the integers."""
+    """Returns dense memory with the values of ``x``, and memory of the same layout for the integers.
+
+    The values are float32, or bfloat16 where the compiled part reads that.
+    """
     source = x.detach()
-    if source.dtype != torch.float32:
+    read_as_it_is = source.dtype == torch.bfloat16 and native.library() is not None
+    if source.dtype != torch.float32 and not read_as_it_is:
         source = source.to(torch.float32)
     if not source.is_contiguous() and (rounding == "stochastic" or not _is_dense(source)):
         # Random numbers go by logical index, not by place in memory.

@@ -27,13 +27,17 @@ def serve(a: FixedPoint, b: FixedPoint) -> bool:
     )
 
 
-def matmul(a: FixedPoint, b: FixedPoint, bias: Tensor | None) -> Tensor:
-    """Multiplies (M, K) by (K, N) and adds ``bias`` (N,): float32 (M, N)."""
+# What the compiled part writes; other types are cast from float32.
+_WRITTEN = (torch.float32, torch.bfloat16)
+
+
+def matmul(a: FixedPoint, b: FixedPoint, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiplies (M, K) by (K, N) and adds ``bias`` (N,): (M, N) of ``dtype``, rounded from float32."""
     (m, k), n = a.values.shape, b.values.shape[1]
     left, right = _readable(a.values), _readable(b.values.t())
-    out = native.empty((m, n), torch.float32)
-    _multiply((m, n, k), _matrix(left), _matrix(right), a, b, bias, out.data_ptr(), row_stride=n)
-    return out
+    out = native.empty((m, n), dtype if dtype in _WRITTEN else torch.float32)
+    _multiply((m, n, k), _matrix(left), _matrix(right), a, b, bias, out.data_ptr(), out.itemsize, row_stride=n)
+    return out.to(dtype)
 
 
 class Convolution:
@@ -81,27 +85,39 @@ class Convolution:
         b: FixedPoint,
         bias: Tensor | None,
         channels_last: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Multiplies the windows of each group by its matrix, of rows ``channels / groups``.
 
         Returns:
-            float32 (images, positions, channels) where ``channels_last``, else (images, channels, positions).
+            ``dtype`` (images, positions, channels) where ``channels_last``, else (images, channels, positions).
         """
         shape = (self.positions, channels) if channels_last else (channels, self.positions)
-        out = native.empty((self.images, *shape), torch.float32)
+        out = native.empty((self.images, *shape), dtype if dtype in _WRITTEN else torch.float32)
         n = channels // self.groups
         sizes = (self.images * self.positions, n, self.taps * self._run)
         for group, matrix in enumerate(matrices):
             first = group * n
-            place = out.data_ptr() + 4 * first * (1 if channels_last else self.positions)
+            place = out.data_ptr() + out.itemsize * first * (1 if channels_last else self.positions)
             part = None if bias is None else bias.detach()[first : first + n]
             left = self.operand(group, by_k=False)
             if channels_last:
-                _multiply(sizes, left, matrix, a, b, part, place, row_stride=channels)
+                _multiply(sizes, left, matrix, a, b, part, place, out.itemsize, row_stride=channels)
             else:
                 image = channels * self.positions
-                _multiply(sizes, left, matrix, a, b, part, place, positions=self.positions, image_stride=image)
-        return out
+                _multiply(
+                    sizes,
+                    left,
+                    matrix,
+                    a,
+                    b,
+                    part,
+                    place,
+                    out.itemsize,
+                    positions=self.positions,
+                    image_stride=image,
+                )
+        return out.to(dtype)
 
     def correlate_all(self, left: Tensor, a: FixedPoint, b: FixedPoint) -> Tensor:
         """Multiplies (images * positions, channels), transposed, by the windows: (channels, taps * C / groups)."""
@@ -113,7 +129,7 @@ class Convolution:
             rows = native.Operand(data, True, left.itemsize, 0, channels, 0, None)
             place = out.data_ptr() + 4 * group * m * n
             sizes = (m, n, left.shape[0])
-            _multiply(sizes, rows, self.operand(group, by_k=True), a, b, None, place, row_stride=n)
+            _multiply(sizes, rows, self.operand(group, by_k=True), a, b, None, place, out.itemsize, row_stride=n)
         return out
 
 
@@ -159,6 +175,7 @@ def _multiply(
     b: FixedPoint,
     bias: Tensor | None,
     out: int,
+    out_bytes: int,
     **layout: int,
 ) -> None:
     library = native.library()
@@ -167,6 +184,6 @@ def _multiply(
     if bias is not None:
         bias = bias.detach().to(torch.float32).contiguous()
     pointer = None if bias is None else bias.data_ptr()
-    job = native.Product(*sizes, left, right, 2.0 ** (a.position + b.position), pointer, out, **layout)
+    job = native.Product(*sizes, left, right, 2.0 ** (a.position + b.position), pointer, out, out_bytes, **layout)
     if not library.cnmix_multiply(ctypes.byref(job)):
         raise MemoryError(f"no memory for the sums of a product of {sizes[0]} x {sizes[2]} by {sizes[2]} x {sizes[1]}")

@@ -140,7 +140,8 @@ def product_backward(
         x_values, weight_values = quantizers.take_back(waiting)
     qx = FixedPoint(x_values, x_bits, x_position, bool(x_finite)) if needs[1] else None
     qw = FixedPoint(weight_values, weight_bits, weight_position, bool(weight_finite)) if needs[0] else None
-    saved = Saved(training, _geometry(geometry), torch.Size(x_shape), torch.Size(weight_shape), channels_last)
+    shapes = torch.Size(x_shape), torch.Size(weight_shape)
+    saved = Saved(training, _geometry(geometry), *shapes, channels_last, torch.float32)
     gradients = backward_products(grad_output, qx, qw, needs[2], quantizers, saved)
     grad_x, grad_weight, grad_bias = (
         grad_output.new_empty(0, dtype=torch.float32) if gradient is None else gradient.to(torch.float32)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import kernels
@@ -34,6 +35,7 @@ class Saved(NamedTuple):
         x_shape: of the input.
         weight_shape: of the weight.
         channels_last: whether a convolution's input had its channels side by side in memory.
+        x_dtype: of the input, and of its gradient.
     """
 
     training: bool
@@ -41,6 +43,7 @@ class Saved(NamedTuple):
     x_shape: Sequence[int]
     weight_shape: Sequence[int]
     channels_last: bool
+    x_dtype: torch.dtype
 
 
 def forward_product(
@@ -60,15 +63,18 @@ def forward_product(
     qx = quantizers.input(x, training)
     qw = quantizers.quantize_weight(weight, training)
     exact = quantizers.config.exact_int31
+    dtype = quantizers.output_dtype or x.dtype
     channels_last = geometry is not None and kernels.has_channels_last(x)
     if geometry is None:
         columns = qw._replace(values=qw.values.t())
-        y = kernels.matmul(_as_matrix(qx), columns, bias=bias, exact_int31=exact).view(*x.shape[:-1], weight.shape[0])
+        y = kernels.matmul(_as_matrix(qx), columns, bias=bias, exact_int31=exact, dtype=dtype)
+        y = y.view(*x.shape[:-1], weight.shape[0])
     else:
         qx = kernels.to_channels_last(qx)  # once, for this product and grad_weight's
-        y = kernels.convolution(qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact)
-    y = y.to(quantizers.output_dtype or x.dtype)
-    return y, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last)
+        y = kernels.convolution(
+            qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact, dtype=dtype
+        )
+    return y, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype)
 
 
 def backward_products(
@@ -90,8 +96,8 @@ def backward_products(
         saved: from ``forward_product``.
 
     Returns:
-        The gradients of input, weight and bias, float32, each None where not wanted; the bias's may have
-        grad_output's dtype.
+        The gradients of input (in its dtype), weight and bias (float32; the bias's may have grad_output's dtype), each
+        None where not wanted.
     """
     kept = grad_output.dim() - 1 if saved.geometry is None else 1
     if qx is None and qw is None:
@@ -109,7 +115,7 @@ def _linear_gradients(
     rows = _as_matrix(qg)
     grad_x = grad_weight = None
     if qw is not None:
-        grad_x = kernels.matmul(rows, qw, exact_int31=exact).view(saved.x_shape)
+        grad_x = kernels.matmul(rows, qw, exact_int31=exact, dtype=saved.x_dtype).view(saved.x_shape)
     if qx is not None:
         columns = rows._replace(values=rows.values.t())
         grad_weight = kernels.matmul(columns, _as_matrix(qx), exact_int31=exact)
@@ -136,7 +142,13 @@ def _convolution_gradients(
     grad_x = grad_weight = None
     if qw is not None:
         grad_x = kernels.convolution_grad_input(
-            qg, qw, saved.x_shape, *geometry, channels_last=saved.channels_last, exact_int31=exact
+            qg,
+            qw,
+            saved.x_shape,
+            *geometry,
+            channels_last=saved.channels_last,
+            exact_int31=exact,
+            dtype=saved.x_dtype,
         )
     if qx is not None:
         grad_weight = kernels.convolution_grad_weight(qg, qx, saved.weight_shape, *geometry, exact_int31=exact)

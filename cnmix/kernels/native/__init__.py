@@ -26,7 +26,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 6
+_ABI = 7
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -96,7 +96,7 @@ class Product(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row_stride", "positions", "image_stride")),
+        *((name, ctypes.c_int64) for name in ("out_bytes", "row_stride", "positions", "image_stride")),
     ]
 
 
@@ -171,7 +171,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | Non
 
     Args:
         shape: of the tensor.
-        dtype: float32, int8, int16, int32 or int64.
+        dtype: a floating or signed integer type.
         strides: of dense memory, in elements; row-major by default.
     """
     native = library()
@@ -183,7 +183,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | Non
     if strides is None:
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     dimensions = ctypes.c_int64 * len(shape)
-    code = 2 if dtype.is_floating_point else 0
+    code = 4 if dtype == torch.bfloat16 else 2 if dtype.is_floating_point else 0  # of DLPack
     borrowed = native.cnmix_borrow(size, len(shape), dimensions(*shape), dimensions(*strides), code, 8 * dtype.itemsize)
     if not borrowed:
         raise MemoryError(f"no memory for {size} bytes")
@@ -203,9 +203,10 @@ def quantize(
     channel_dim: int | None = None,
     checksum: bool = False,
 ) -> Statistics:
-    """Quantizes dense float32 memory into ``out`` of the same layout; position None chooses the one that fits.
+    """Quantizes dense float32 or bfloat16 memory into ``out`` of the same layout.
 
-    ``channel_dim`` asks for the sums over all other dimensions, ``checksum`` for that of the memory.
+    A position of None chooses the one that fits. ``channel_dim`` asks for the sums over all other dimensions,
+    ``checksum`` for that of the memory.
     """
     found = _Statistics()
     sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
@@ -213,6 +214,7 @@ def quantize(
     inner = 1 if channel_dim is None or x.shape[channel_dim] == 1 else x.stride(channel_dim)
     native.cnmix_quantize(
         x.data_ptr(),
+        x.itemsize,
         out.data_ptr(),
         x.numel(),
         bits,
@@ -354,7 +356,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     pointer, long, whole, single = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     for name, arguments in {
         "cnmix_quantize": [
-            *(pointer, pointer, long, whole, whole, whole, whole),
+            *(pointer, whole, pointer, long, whole, whole, whole, whole),
             *(ctypes.c_uint64, ctypes.c_uint64, long, whole, whole, long, long, pointer, pointer),
         ],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],

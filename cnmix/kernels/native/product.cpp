@@ -17,10 +17,11 @@ struct CnmixProduct {
   CnmixOperand a, b;      // rows: m of a, n of b
   float scale;            // a power of two
   const float* bias;      // n floats, or null
-  float* out;
-  int64_t row_stride;     // floats from one row of the output to the next, where positions is 0
+  void* out;              // float32, or bfloat16
+  int64_t out_bytes;      // of one value: 4 or 2
+  int64_t row_stride;     // values from one row of the output to the next, where positions is 0
   int64_t positions;      // else rows are the positions of images: out[row / positions][column][row % positions]
-  int64_t image_stride;   // floats from one image to the next
+  int64_t image_stride;   // values from one image to the next
 };
 
 namespace cnmix {
@@ -85,6 +86,23 @@ CNMIX_AVX512 inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << count) - 1);
 }
 
+// To bfloat16 as torch rounds it, to nearest, ties to even; every NaN to the same one.
+CNMIX_AVX512 inline __m256i to_bfloat16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, rounded, 16));
+}
+
+// Stores some lanes to out[at + lane].
+CNMIX_AVX512 inline void store_part(void* out, bool half, int64_t at, __mmask16 lanes, __m512 x) {
+  if (half)
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, lanes, to_bfloat16(x));
+  else
+    _mm512_mask_storeu_ps(static_cast<float*>(out) + at, lanes, x);
+}
+
 // Writes a tile of sixteen registers, scaled and with their bias: rows as they lie, or columns of an image's positions.
 CNMIX_AVX512 inline void write_tile(const CnmixProduct& job, int64_t row, int64_t column, __m512* r) {
   const int64_t height = std::min(kTileRows, job.m - row), width = std::min(kTileRows, job.n - column);
@@ -97,15 +115,16 @@ CNMIX_AVX512 inline void write_tile(const CnmixProduct& job, int64_t row, int64_
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_add_ps(r[i], bias);
   }
+  const bool half = job.out_bytes == 2;
   if (!job.positions) {
-    const int64_t stride = job.row_stride;
-    float* to = job.out + row * stride + column;
-    if (height == kTileRows && width == kTileRows) {
+    const int64_t stride = job.row_stride, at = row * stride + column;
+    if (height == kTileRows && width == kTileRows && !half) {
+      float* to = static_cast<float*>(job.out) + at;
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * stride, r[i]);
       return;
     }
-    for (int64_t i = 0; i < height; ++i) _mm512_mask_storeu_ps(to + i * stride, lanes, r[i]);
+    for (int64_t i = 0; i < height; ++i) store_part(job.out, half, at + i * stride, lanes, r[i]);
     return;
   }
   transpose_registers(reinterpret_cast<__m512i*>(r));
@@ -113,8 +132,8 @@ CNMIX_AVX512 inline void write_tile(const CnmixProduct& job, int64_t row, int64_
     const int64_t image = (row + done) / job.positions, position = (row + done) % job.positions;
     const int64_t count = std::min(height - done, job.positions - position), stride = job.positions;
     const __mmask16 part = static_cast<__mmask16>(first_lanes(count) << done);
-    float* to = job.out + image * job.image_stride + column * stride + position - done;
-    for (int64_t j = 0; j < width; ++j) _mm512_mask_storeu_ps(to + j * stride, part, r[j]);
+    const int64_t at = image * job.image_stride + column * stride + position - done;
+    for (int64_t j = 0; j < width; ++j) store_part(job.out, half, at + j * stride, part, r[j]);
     done += count;
   }
 }

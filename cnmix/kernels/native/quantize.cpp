@@ -133,6 +133,12 @@ class ChannelAdder {
 
 typedef uint32_t __attribute__((may_alias)) shared_bits;
 
+CNMIX_INLINE void widen_body(const uint16_t* x, int64_t n, shared_bits* out) {
+  CNMIX_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(x[i]) << 16;
+}
+CNMIX_DISPATCH(widen, (const uint16_t* x, int64_t n, shared_bits* out), (x, n, out))
+
 CNMIX_INLINE void checksum_block_body(const shared_bits* bits, int64_t n, int64_t first, uint64_t* sum) {
   uint64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += bits[i] * static_cast<uint64_t>(2 * (first + i) + 1);
@@ -140,8 +146,21 @@ CNMIX_INLINE void checksum_block_body(const shared_bits* bits, int64_t n, int64_
 }
 CNMIX_DISPATCH(checksum_block, (const shared_bits* bits, int64_t n, int64_t first, uint64_t* sum), (bits, n, first, sum))
 
+// Floats as they lie in memory, float32 or bfloat16, block by block.
+struct Source {
+  const void* data;
+  bool half;
+
+  // Elements from `at` on, widened into `buffer` where they must be.
+  const float* block(int64_t at, int64_t n, float* buffer) const {
+    if (!half) return static_cast<const float*>(data) + at;
+    widen(static_cast<const uint16_t*>(data) + at, n, reinterpret_cast<shared_bits*>(buffer));
+    return buffer;
+  }
+};
+
 template <typename Out>
-uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const Format& f, bool measure,
+uint32_t quantize_all(const Source& x, Out* out, int64_t n, int64_t start, const Format& f, bool measure,
                       const ChannelSums& wanted, double* sum_x, int64_t* sum_q, uint64_t* checksum) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<uint32_t> most(static_cast<size_t>(blocks));
@@ -156,17 +175,19 @@ uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const 
   std::vector<double> by_piece(wanted.out ? static_cast<size_t>(pieces * wanted.channels) : 0);
   parallel_for(pieces, std::max<int64_t>(1, kGrain / piece), [&](int64_t begin, int64_t end) {
     ChannelAdder channels(wanted);
+    float buffer[kBlock];
     for (int64_t b = begin * piece; b < std::min(blocks, end * piece); ++b) {
       const int64_t at = b * kBlock, length = std::min(kBlock, n - at);
-      most[static_cast<size_t>(b)] = quantize_any(x + at, out + at, length, start + at, f);
+      const float* values = x.block(at, length, buffer);
+      most[static_cast<size_t>(b)] = quantize_any(values, out + at, length, start + at, f);
       if (measure) {
-        sums_x[static_cast<size_t>(b)] = sum_of_magnitudes(x + at, length);
+        sums_x[static_cast<size_t>(b)] = sum_of_magnitudes(values, length);
         sums_q[static_cast<size_t>(b)] = sum_of_integers(out + at, length);
       }
       if (checksum)
-        checksum_block(reinterpret_cast<const shared_bits*>(x + at), length, at, &sums_bits[static_cast<size_t>(b)]);
+        checksum_block(reinterpret_cast<const shared_bits*>(values), length, at, &sums_bits[static_cast<size_t>(b)]);
       if (!wanted.out) continue;
-      channels.add(x + at, length, at);
+      channels.add(values, length, at);
       if ((b + 1) % piece == 0 || b + 1 == blocks) channels.finish_piece(by_piece.data() + b / piece * wanted.channels);
     }
   });
@@ -185,12 +206,15 @@ uint32_t quantize_all(const float* x, Out* out, int64_t n, int64_t start, const 
   return all;
 }
 
-uint32_t absmax_all(const float* x, int64_t n) {
+uint32_t absmax_all(const Source& x, int64_t n) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<uint32_t> most(static_cast<size_t>(blocks));
   parallel_for(blocks, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      most[static_cast<size_t>(b)] = absmax_any(x + b * kBlock, std::min(kBlock, n - b * kBlock));
+    float buffer[kBlock];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t length = std::min(kBlock, n - b * kBlock);
+      most[static_cast<size_t>(b)] = absmax_any(x.block(b * kBlock, length, buffer), length);
+    }
   });
   uint32_t all = 0;
   for (uint32_t each : most) all = std::max(all, each);
@@ -210,13 +234,14 @@ struct CnmixStatistics {
   int32_t position;   // the one used
 };
 
-// Quantizes n floats into `out`, of the width's integer type. With `choose`, the position is the one that fits the largest
+// Quantizes n floats, float32 or (x_bytes 2) bfloat16, into `out`, of the width's integer type. With `choose`, the position is the one that fits the largest
 // magnitude; the output is undefined where that is not finite. `channel_sums` may be null.
-CNMIX_API void cnmix_quantize(const float* x, void* out, int64_t n, int bits, int choose, int position, int rounding,
+CNMIX_API void cnmix_quantize(const void* x, int x_bytes, void* out, int64_t n, int bits, int choose, int position, int rounding,
                               uint64_t seed, uint64_t stream, int64_t start, int measure, int checksum,
                               int64_t channels, int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
+  const Source source{x, x_bytes == 2};
   if (choose) {
-    const float largest = from_bits(absmax_all(x, n));
+    const float largest = from_bits(absmax_all(source, n));
     int exponent = 0;
     position = 0;
     if (largest > 0 && std::isfinite(largest)) {
@@ -228,7 +253,7 @@ CNMIX_API void cnmix_quantize(const float* x, void* out, int64_t n, int bits, in
   statistics->checksum = 0;
   const ChannelSums wanted{channels, inner, channel_sums};
   const auto quantize_to = [&](auto* to) {
-    return quantize_all(x, to, n, start, f, measure != 0, wanted, &statistics->sum_x, &statistics->sum_q,
+    return quantize_all(source, to, n, start, f, measure != 0, wanted, &statistics->sum_x, &statistics->sum_q,
                         checksum ? &statistics->checksum : nullptr);
   };
   const uint32_t most = bits == 8    ? quantize_to(static_cast<int8_t*>(out))
