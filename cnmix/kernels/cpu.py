@@ -1,10 +1,10 @@
 """The emulated core on the CPU, bit-equal to ``reference``.
 
-int8 products run on the processor's integer units. An int16 operand is two int8 digits where the compiled part serves
-and the product is large enough to gain; else products with it run in float64 on integer values, exact since every sum
-stays below 2**53, or is cut along K where it might not. int31 by default rounds its sums to float64 (normwise error
-below 1e-14); its exact mode multiplies 16-bit halves. A convolution is its windows gathered into a matrix, then a
-product.
+The compiled part multiplies where it serves (``depthwise``, ``tiles``): exact for every width. Elsewhere int8 products
+run on torch's integer kernel. An int16 operand is two int8 digits where that gains; else products with it run in
+float64 on integer values, exact since every sum stays below 2**53, or is cut along K where it might not. int31 by
+default rounds its sums to float64 (normwise error below 1e-14); its exact mode multiplies 16-bit halves. A convolution
+is its windows gathered into a matrix, then a product.
 """
 
 from __future__ import annotations

@@ -31,7 +31,11 @@ _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class CastInputs:
-    """A forward pre-hook that casts floating tensors among the arguments."""
+    """A forward pre-hook that casts floating tensors among the arguments.
+
+    Values beyond float16's range become its largest: scripts mask attention with numbers like -2**32, and an infinity
+    in their place would make NaN.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -40,7 +44,8 @@ class CastInputs:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments to call the module with."""
-        return cast_tensors(args, self.dtype), cast_tensors(kwargs, self.dtype)
+        saturate = self.dtype == torch.float16
+        return cast_tensors(args, self.dtype, saturate), cast_tensors(kwargs, self.dtype, saturate)
 
 
 class CastOutput:
@@ -54,16 +59,22 @@ class CastOutput:
         return cast_tensors(output, self.dtype)
 
 
-def cast_tensors(value: Any, dtype: torch.dtype) -> Any:
-    """Casts the floating tensors in nested tuples, lists and dicts; other values stay the same objects."""
+def cast_tensors(value: Any, dtype: torch.dtype, saturate: bool = False) -> Any:
+    """Casts the floating tensors in nested tuples, lists and dicts; other values stay the same objects.
+
+    With ``saturate``, finite values beyond the range of ``dtype`` become its limits; infinities do too.
+    """
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        if not value.is_floating_point() or value.dtype == dtype:
+            return value
+        limits = torch.finfo(dtype)
+        return (value.clamp(limits.min, limits.max) if saturate else value).to(dtype)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast_tensors(each, dtype) for each in value))
+        return type(value)(*(cast_tensors(each, dtype, saturate) for each in value))
     if type(value) in (tuple, list):
-        return type(value)(cast_tensors(each, dtype) for each in value)
+        return type(value)(cast_tensors(each, dtype, saturate) for each in value)
     if isinstance(value, dict):
-        cast = {name: cast_tensors(each, dtype) for name, each in value.items()}
+        cast = {name: cast_tensors(each, dtype, saturate) for name, each in value.items()}
         if all(cast[name] is each for name, each in value.items()):
             return value
         if type(value) is dict:

@@ -156,3 +156,16 @@ def test_casting_leaves_what_is_no_float_tensor():
     named = torch.ones(3, 2).max(dim=1)
     assert type(cast_tensors(named, torch.float16)) is type(named)
     assert repr(CastInputs(torch.bfloat16)) != repr(CastOutput(torch.bfloat16))
+
+
+def test_a_mask_beyond_float16_makes_no_nan():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return self.inner(x) * 0 + mask * 0
+
+    model, _ = cnmix.initialize(Masked(), None, opt_level="O2", activation_dtype="float16")
+    assert model(torch.ones(2, 4), mask=torch.full((2, 4), -(2.0**32))).isfinite().all()
