@@ -69,21 +69,21 @@ def convolution(
     kernel = weight.values.shape[2:]
     size = output_size(x.values.shape[2:], kernel, stride, padding, dilation)
     layout = has_channels_last(x.values) if channels_last is None else channels_last
-    ones = [1] * len(size)
+    windows = native.WindowGeometry(size, kernel, stride, dilation, padding, [1] * len(size))
     finite = x.finite and weight.finite
     if finite and depthwise.serve(x, weight, groups, x.values.shape[1], weight.values.shape[0]):
-        each = depthwise.Depthwise(_channels_last(x.values), size, kernel, stride, dilation, padding, ones)
+        each = depthwise.Depthwise(_channels_last(x.values), windows)
         return _as_image(each.correlate(weight.values.flatten(1).t(), x, weight, bias, layout), size, layout).to(dtype)
     if finite and tiles.serve(x, weight):
-        whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
+        whole = tiles.Convolution(_channels_last(x.values), windows, groups)
         taps = _channels_last(weight.values)
         matrices = tiles.kernel_matrices(taps, groups)
         out = whole.correlate(matrices, taps.shape[0], x, weight, bias, layout, dtype)
         return _as_image(out, size, layout)
-    windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, ones, groups)
+    gathered = _Windows(x.values, windows, padding, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps * C / groups, O / groups)
     matrix = _channels_last(weight.values).flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
-    return _correlate(windows, matrix, x, weight, bias, layout, exact_int31).to(dtype)
+    return _correlate(gathered, matrix, x, weight, bias, layout, exact_int31).to(dtype)
 
 
 def convolution_grad_input(
@@ -111,26 +111,25 @@ def convolution_grad_input(
         n - 1 - (g - 1) * s + p
         for n, g, s, p in zip(spatial, grad_output.values.shape[2:], stride, padding, strict=True)
     ]
-    ones = [1] * len(kernel)
+    windows = native.WindowGeometry(spatial, kernel, [1] * len(kernel), dilation, before, stride)
     layout = has_channels_last(grad_output.values) if channels_last is None else channels_last
-    by_tap = _channels_last(weight.values)
     finite = grad_output.finite and weight.finite
-    pixels = _channels_last(grad_output.values)
     if finite and depthwise.serve(grad_output, weight, groups, input_size[1], weight.values.shape[0]):
-        each = depthwise.Depthwise(pixels, spatial, kernel, ones, dilation, before, stride)
+        each = depthwise.Depthwise(_channels_last(grad_output.values), windows)
         reverse = weight.values.flatten(1).flip(1).t()
         return _as_image(each.correlate(reverse, grad_output, weight, None, layout), spatial, layout).to(dtype)
+    by_tap = _channels_last(weight.values)
     if finite and tiles.serve(grad_output, weight):
-        whole = tiles.Convolution(pixels, spatial, kernel, ones, dilation, before, stride, groups)
+        whole = tiles.Convolution(_channels_last(grad_output.values), windows, groups)
         matrices = tiles.transposed_kernel_matrices(by_tap, groups)
         out = whole.correlate(matrices, input_size[1], grad_output, weight, None, layout, dtype)
         return _as_image(out, spatial, layout)
-    windows = _Windows(grad_output.values, spatial, kernel, ones, dilation, before, after, stride, groups)
+    gathered = _Windows(grad_output.values, windows, after, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps in reverse * O / groups, C / groups)
     by_tap = by_tap.flatten(1, -2).unflatten(0, (groups, -1))
     taps = [by_tap[:, :, tap] for tap in reversed(range(by_tap.shape[2]))]
     matrix = torch.stack(taps, dim=1).flatten(1, 2)
-    return _correlate(windows, matrix, grad_output, weight, None, layout, exact_int31).to(dtype)
+    return _correlate(gathered, matrix, grad_output, weight, None, layout, exact_int31).to(dtype)
 
 
 def convolution_grad_weight(
@@ -149,21 +148,21 @@ def convolution_grad_weight(
     if not (grad_output.finite and x.finite):
         return torch.full(tuple(weight_size), math.nan, dtype=torch.float32)
     size = grad_output.values.shape[2:]
-    ones = [1] * len(kernel)
+    windows = native.WindowGeometry(size, kernel, stride, dilation, padding, [1] * len(kernel))
     if depthwise.serve(grad_output, x, groups, x.values.shape[1], out_channels):
-        each = depthwise.Depthwise(_channels_last(x.values), size, kernel, stride, dilation, padding, ones)
+        each = depthwise.Depthwise(_channels_last(x.values), windows)
         sums = each.correlate_all(_channels_last(grad_output.values), grad_output, x)
         return sums.t().contiguous().view(tuple(weight_size))
     if tiles.serve(grad_output, x):
-        whole = tiles.Convolution(_channels_last(x.values), size, kernel, stride, dilation, padding, ones, groups)
+        whole = tiles.Convolution(_channels_last(x.values), windows, groups)
         sums = whole.correlate_all(_channels_last(grad_output.values).flatten(0, -2), grad_output, x)
     else:
-        windows = _Windows(x.values, size, kernel, stride, dilation, padding, padding, ones, groups)
+        gathered = _Windows(x.values, windows, padding, groups)
         left = _channels_last(grad_output.values).flatten(1, -2).unflatten(-1, (groups, out_channels // groups))
         total: Sums = {}
-        for batch in windows.batches():
+        for batch in gathered.batches():
             rows = left[batch].flatten(0, 1).permute(1, 2, 0)
-            columns = windows.gather(batch)
+            columns = gathered.gather(batch)
             length = left.shape[0] * left.shape[1]
             add_product(total, rows, columns, grad_output.bits, x.bits, exact_int31, length)
         if not total:
@@ -228,45 +227,28 @@ class _Windows:
 
     Args:
         x: integers.
-        size: positions of the window, per spatial dimension.
-        kernel: taps.
-        stride: distance between positions.
-        dilation: distance between taps.
-        before: zeros in front of the tensor; negative cuts off.
-        after: zeros behind it; likewise.
-        step: distance of the tensor's elements from each other, with zeros between.
+        geometry: of the windows.
+        after: zeros behind the tensor; negative cuts off.
         groups: groups of channels.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        size: Sequence[int],
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        before: Sequence[int],
-        after: Sequence[int],
-        step: Sequence[int],
-        groups: int,
-    ) -> None:
+    def __init__(self, x: Tensor, geometry: native.WindowGeometry, after: Sequence[int], groups: int) -> None:
+        size, kernel, stride, dilation, before, step = geometry
         self.images, channels = x.shape[:2]
         self.size = tuple(size)
         self._elements = math.prod(size) * math.prod(kernel) * channels
         library = native.library()
-        alone = groups == 1 and not any(before) and not any(after)
         self.gather: Callable[[slice], Tensor]
         """Returns the windows of some images: (groups, images * positions, taps * C / groups)."""
-        if alone and all(n == 1 for n in (*kernel, *stride, *step)):
+        if groups == 1 and geometry.points and not any(after):
             pixels = _channels_last(x)
             self.gather = lambda batch: pixels[batch].reshape(1, -1, channels)
         elif groups == 1 and library is not None:
             pixels = _channels_last(x)
-            geometry = (size, kernel, stride, dilation, before, step)
             # Every piece is gathered into the same memory: a matrix is used up before the next is made.
             largest = min(self._images_at_once(), self.images) * self._elements
             buffer = native.empty((largest,), x.dtype)
-            self.gather = lambda batch: native.gather(library, pixels[batch], *geometry, buffer).unsqueeze(0)
+            self.gather = lambda batch: native.gather(library, pixels[batch], geometry, buffer).unsqueeze(0)
         else:
             placed = _place(x, before, after, step)
             self.gather = lambda batch: _gather(placed[batch], size, kernel, stride, dilation, groups)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,27 +31,13 @@ class Depthwise:
 
     Args:
         pixels: int8 or int16.
-        size: positions of the window, per spatial dimension.
-        kernel: taps.
-        stride: distance between positions.
-        dilation: distance between taps.
-        before: zeros in front of the tensor; negative cuts off.
-        step: distance of the tensor's elements from each other, with zeros between.
+        geometry: of the windows.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor,
-        size: Sequence[int],
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        before: Sequence[int],
-        step: Sequence[int],
-    ) -> None:
-        self.positions, self.taps = math.prod(size), math.prod(kernel)
+    def __init__(self, pixels: Tensor, geometry: native.WindowGeometry) -> None:
+        self.positions, self.taps = math.prod(geometry.size), math.prod(geometry.kernel)
         self._pixels = pixels
-        self._windows = native.describe_windows(pixels, 1, size, kernel, stride, dilation, before, step)
+        self._windows = native.describe_windows(pixels, 1, geometry)
 
     def correlate(self, taps: Tensor, a: FixedPoint, b: FixedPoint, bias: Tensor | None, channels_last: bool) -> Tensor:
         """Multiplies each window by ``taps`` (taps, channels).

@@ -45,31 +45,21 @@ class Convolution:
 
     Args:
         pixels: integers.
-        size: positions of the window, per spatial dimension.
-        kernel: taps.
-        stride: distance between positions.
-        dilation: distance between taps.
-        before: zeros in front of the tensor; negative cuts off.
-        step: distance of the tensor's elements from each other, with zeros between.
+        geometry: of the windows.
         groups: groups of channels.
     """
 
-    def __init__(
-        self,
-        pixels: Tensor,
-        size: Sequence[int],
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        before: Sequence[int],
-        step: Sequence[int],
-        groups: int,
-    ) -> None:
-        self.images, self.positions, self.taps, self.groups = len(pixels), math.prod(size), math.prod(kernel), groups
+    def __init__(self, pixels: Tensor, geometry: native.WindowGeometry, groups: int) -> None:
+        self.images, self.positions, self.taps, self.groups = (
+            len(pixels),
+            math.prod(geometry.size),
+            math.prod(geometry.kernel),
+            groups,
+        )
         self._pixels, self._run = pixels, pixels.shape[-1] // groups
         self._windows: native.Windows | None = None
-        if tuple(size) != tuple(pixels.shape[1:-1]) or any(before) or any(n != 1 for n in (*kernel, *stride, *step)):
-            self._windows = native.describe_windows(pixels, groups, size, kernel, stride, dilation, before, step)
+        if tuple(geometry.size) != tuple(pixels.shape[1:-1]) or not geometry.points:
+            self._windows = native.describe_windows(pixels, groups, geometry)
 
     def operand(self, group: int, by_k: bool) -> native.Operand:
         """Returns the windows of one group of channels: rows of the product, or its K."""

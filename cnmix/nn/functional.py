@@ -46,42 +46,27 @@ class _Product(torch.autograd.Function):
         return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs), None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizers: ModuleQuantizers, training: bool) -> Tensor:
-    """Applies ``x @ weight.T + bias`` in fixed point.
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantizers: ModuleQuantizers,
+    training: bool,
+    geometry: ConvolutionGeometry | None = None,
+) -> Tensor:
+    """Multiplies in fixed point, differentiably: ``x @ weight.T + bias``, or a convolution.
 
     Args:
-        x: float (..., K).
-        weight: float (N, K).
-        bias: float (N,), added in float after the product, or None.
+        x: float (..., K), or (N, C, *spatial) with a geometry.
+        weight: float (N, K), or (O, C / groups, *kernel).
+        bias: float, one per output feature or channel, added in float after the product, or None.
         quantizers: of the module.
         training: whether statistics may move.
+        geometry: of a convolution.
 
     Returns:
-        (..., N) in the dtype of ``x``.
+        (..., N), or (N, O, *output), in the dtype of ``x`` or the half type that the model computes in.
     """
-    return _apply(x, weight, bias, quantizers, training, None)
-
-
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvolutionGeometry,
-    quantizers: ModuleQuantizers,
-    training: bool,
-) -> Tensor:
-    """Convolves (N, C, *spatial) with (O, C / groups, *kernel) in fixed point; (N, O, *output) in ``x``'s dtype."""
-    return _apply(x, weight, bias, quantizers, training, geometry)
-
-
-def _apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    quantizers: ModuleQuantizers,
-    training: bool,
-    geometry: ConvolutionGeometry | None,
-) -> Tensor:
     if torch.compiler.is_compiling():
         return traced_product(x, weight, bias, quantizers, training, geometry)
     return _Product.apply(x, weight, bias, quantizers, training, geometry)

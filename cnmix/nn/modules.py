@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Product
-from .functional import ConvolutionGeometry, convolution, linear
+from .functional import multiply
+from .products import ConvolutionGeometry
 from .quantizers import ModuleQuantizers
 
 
@@ -53,7 +54,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
                 f"{self.quantizers.fqn!r} takes {self.in_features} features in the last dimension, got a tensor "
                 f"of shape {tuple(input.shape)}"
             )
-        return linear(input, self.weight, self.bias, self.quantizers, self._moves_statistics())
+        return multiply(input, self.weight, self.bias, self.quantizers, self._moves_statistics())
 
 
 class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
@@ -79,7 +80,7 @@ class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
             padding = (0,) * spatial
         geometry = ConvolutionGeometry(self.stride, padding, self.dilation, self.groups)
         try:
-            y = convolution(batched, self.weight, self.bias, geometry, self.quantizers, self._moves_statistics())
+            y = multiply(batched, self.weight, self.bias, self.quantizers, self._moves_statistics(), geometry)
         except ValueError as error:
             raise ValueError(f"{self.quantizers.fqn!r}: {error}") from error
         return y if batched.dim() == input.dim() else y.squeeze(0)

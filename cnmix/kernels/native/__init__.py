@@ -65,6 +65,31 @@ class _Statistics(ctypes.Structure):
     ]
 
 
+class WindowGeometry(NamedTuple):
+    """How the windows lie that a convolution multiplies; one number per spatial dimension each.
+
+    Attributes:
+        size: positions of the window.
+        kernel: taps.
+        stride: distance between positions.
+        dilation: distance between taps.
+        before: zeros in front of the tensor; negative cuts off.
+        step: distance of the tensor's elements from each other, with zeros between.
+    """
+
+    size: Sequence[int]
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    before: Sequence[int]
+    step: Sequence[int]
+
+    @property
+    def points(self) -> bool:
+        """Whether each window is one element, and the next one its neighbour."""
+        return not any(self.before) and all(n == 1 for n in (*self.kernel, *self.stride, *self.step))
+
+
 class Windows(ctypes.Structure):
     """The windows that a convolution multiplies; see windows.h."""
 
@@ -244,53 +269,31 @@ def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
     return out
 
 
-def describe_windows(
-    x: Tensor,
-    groups: int,
-    output: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    before: Sequence[int],
-    step: Sequence[int],
-) -> Windows:
-    """Describes the windows of one group of channels of contiguous (images, *size, channels); see ``gather``."""
+def describe_windows(x: Tensor, groups: int, geometry: WindowGeometry) -> Windows:
+    """Describes the windows of one group of channels of contiguous (images, *size, channels)."""
     images, *size, channels = x.shape
     missing = 3 - len(size)
     windows = Windows(images, channels // groups * x.itemsize, channels * x.itemsize)
     for name, values, neutral in (
         ("size", size, 1),
-        ("output", output, 1),
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("dilation", dilation, 1),
-        ("before", before, 0),
-        ("step", step, 1),
+        ("output", geometry.size, 1),
+        ("kernel", geometry.kernel, 1),
+        ("stride", geometry.stride, 1),
+        ("dilation", geometry.dilation, 1),
+        ("before", geometry.before, 0),
+        ("step", geometry.step, 1),
     ):
         getattr(windows, name)[:] = [neutral] * missing + list(values)
     return windows
 
 
-def gather(
-    native: ctypes.CDLL,
-    x: Tensor,
-    output: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    before: Sequence[int],
-    step: Sequence[int],
-    buffer: Tensor,
-) -> Tensor:
+def gather(native: ctypes.CDLL, x: Tensor, geometry: WindowGeometry, buffer: Tensor) -> Tensor:
     """Gathers the windows of contiguous (images, *size, channels) into (images * positions, taps * channels).
 
     The matrix lies at the beginning of ``buffer``, flat and of the same dtype.
-
-    ``before`` is the zeros in front of each dimension (negative cuts off), ``step`` the distance between the input's
-    pixels, with zeros between them.
     """
-    windows = describe_windows(x, 1, output, kernel, stride, dilation, before, step)
-    rows, columns = x.shape[0] * math.prod(output), math.prod(kernel) * x.shape[-1]
+    windows = describe_windows(x, 1, geometry)
+    rows, columns = x.shape[0] * math.prod(geometry.size), math.prod(geometry.kernel) * x.shape[-1]
     out = buffer[: rows * columns].view(rows, columns)
     native.cnmix_gather(x.data_ptr(), out.data_ptr(), ctypes.byref(windows))
     return out

@@ -112,17 +112,15 @@ void correlate(const CnmixDepthwise& job) {
 }
 
 // The products of one position's gradients with the pixels of its window, added up per tap.
-template <typename X, typename Y>
-CNMIX_INLINE void add_position_body(const X* const* pixels, int64_t taps, const Y* gradients, int64_t channels,
-                                    int64_t* sums) {
+template <typename X, typename Y, typename Sum>
+CNMIX_INLINE void add_position(const X* const* pixels, int64_t taps, const Y* gradients, int64_t channels, Sum* sums) {
   for (int64_t t = 0; t < taps; ++t)
     if (pixels[t]) add_pairs_body(pixels[t], gradients, channels, sums + t * channels);
 }
 // As long as it fits int32, for operands of bytes.
 CNMIX_INLINE void add_bytes_body(const int8_t* const* pixels, int64_t taps, const int8_t* gradients, int64_t channels,
                                  int32_t* sums) {
-  for (int64_t t = 0; t < taps; ++t)
-    if (pixels[t]) add_pairs_body(pixels[t], gradients, channels, sums + t * channels);
+  add_position(pixels, taps, gradients, channels, sums);
 }
 CNMIX_DISPATCH(add_bytes,
                (const int8_t* const* pixels, int64_t taps, const int8_t* gradients, int64_t channels, int32_t* sums),
@@ -155,7 +153,7 @@ void correlate_all(const CnmixDepthwise& job) {
             piece[i] = 0;
           }
       } else {
-        add_position_body(pixels.data(), taps, here, job.channels, sums.data());
+        add_position(pixels.data(), taps, here, job.channels, sums.data());
       }
     }
     const std::lock_guard<std::mutex> lock(mutex);  // integers: the order does not matter
