@@ -4,16 +4,19 @@
 """
 
 from . import core
-from .amp import dequantize, initialize, load_state_dict, scale_loss, state_dict
+from .amp import dequantize, initialize, scale_loss
 from .config import QuantizeConfig
 from .core import cnmix_set_amp_quantify_params, cnmix_set_amp_use_online
 from .kernels import show_config
 from .overview import summary
+from .rules import Rule
+from .state import load_state_dict, state_dict
 from .strategies import levels
 from .version import __version__
 
 __all__ = [
     "QuantizeConfig",
+    "Rule",
     "__version__",
     "cnmix_set_amp_quantify_params",
     "cnmix_set_amp_use_online",

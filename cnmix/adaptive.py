@@ -52,6 +52,7 @@ class OperandState:
         last_update: step of the last update.
         exceeds_max_bitwidth: whether the error was over the threshold at the largest width allowed.
         seed: key of the random numbers for stochastic rounding, 64 bits.
+        saturation: sum of the shares of saturated values in the steps since the last update; 0 where not counted.
     """
 
     bits: int
@@ -65,6 +66,7 @@ class OperandState:
     last_update: int = 0
     exceeds_max_bitwidth: bool = False
     seed: int = 0
+    saturation: float = 0.0
 
 
 class OperandQuantizer:
@@ -112,6 +114,8 @@ class OperandQuantizer:
                 channel_dim=channel_dim,
                 with_checksum=with_checksum,
             )
+            if training and self.config.saturation is not None:
+                self._watch_saturation(quantized, self.config.saturation)
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
@@ -128,6 +132,11 @@ class OperandQuantizer:
         """Returns the rounding of data: as configured, but never random outside training."""
         rounding = self.config.rounding
         return rounding if training or rounding != "stochastic" else "nearest_even"
+
+    def repeated(self, x: Tensor, bits: int, position: int | None, stream: int) -> FixedPoint:
+        """Quantizes as an earlier training step did, without counting one: in that format, with its random draws."""
+        rounding, seed = self.rounding(training=True), self.state.seed
+        return kernels.quantize_measured(x, bits, position, rounding, seed=seed, stream=stream)[0]
 
     def repeat(self) -> None:
         """Counts a training step on the very tensor that the last step measured, without measuring it again."""
@@ -169,8 +178,13 @@ class OperandQuantizer:
             if error <= threshold or not wider or config.mode == "fixed_width":
                 break
             bits = wider[0]
-            quantized, wide = kernels.quantize_measured(x, bits, None, measure=True)
-            found = wide._replace(channel_sums=found.channel_sums, checksum=found.checksum)
+            quantized, found = _measure_again(x, bits, found)
+        narrower = [width for width in BITS if config.bitwidth <= width < bits]
+        if config.narrowing is not None and bits == state.bits and narrower and config.mode != "fixed_width":
+            narrow, narrow_found = _measure_again(x, narrower[-1], found)
+            narrow_error = quantization_error(x, narrow, config.error_measure, narrow_found)
+            if narrow_error <= config.narrowing * threshold:
+                bits, quantized, found, error = narrower[-1], narrow, narrow_found, narrow_error
         self._schedule(quantized.position, error, widened=bits - state.bits)
         state.bits = bits
         state.exceeds_max_bitwidth = error > threshold
@@ -179,6 +193,13 @@ class OperandQuantizer:
             return quantized, found
         values = kernels.quantize(x, bits, quantized.position, rounding, seed=state.seed, stream=state.step)
         return quantized._replace(values=values), found
+
+    def _watch_saturation(self, quantized: FixedPoint, bound: float) -> None:
+        """Brings the next update forward where too many values since the last one lay at the limits of the format."""
+        state = self.state
+        state.saturation += kernels.saturated_share(quantized)
+        if state.saturation > bound * (state.step - 1 - state.last_update):
+            state.next_update = state.step
 
     def _schedule(self, position: int, error: float, widened: int = 0) -> None:
         """Takes this step's position and error into the state and sets the next update."""
@@ -197,6 +218,7 @@ class OperandQuantizer:
         state.next_update = step + state.interval
         state.last_update = step
         state.updates += 1
+        state.saturation = 0.0
 
     def _next_interval(self, step: int, position: int, error: float) -> int:
         config = self.config
@@ -211,6 +233,12 @@ class OperandQuantizer:
             return epoch - step % epoch  # the next epoch's first step
         interval = update_interval(position, self.state.moving_position, error, config)
         return min(interval, epoch - step)
+
+
+def _measure_again(x: Tensor, bits: int, found: kernels.Statistics) -> tuple[FixedPoint, kernels.Statistics]:
+    """Measures at another width; what does not depend on it is in ``found``."""
+    quantized, other = kernels.quantize_measured(x, bits, None, measure=True)
+    return quantized, other._replace(channel_sums=found.channel_sums, checksum=found.checksum)
 
 
 def quantization_error(
@@ -263,7 +291,7 @@ def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
         raise ValueError(f"the saved state of {name} must have exactly {sorted(fields)}, got {given}")
     check_bits(state["bits"], f"the saved width of {name}")
     for field, value in state.items():
-        if field in ("moving_position", "error"):
+        if field in ("moving_position", "error", "saturation"):
             right = isinstance(value, (int, float)) and math.isfinite(value)
         elif field == "position":
             right = value is None or (type(value) is int and POSITION_MIN <= value <= POSITION_MAX)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import amp
+from .registry import unwrap
+from .state import state_dict, upgrade
 
 # Where Lightning keeps the state of CnmixPlugin.
 _LIGHTNING_KEY = "CnmixPlugin"
@@ -35,7 +36,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
     taken = {"state_dict", "cnmix"} & set(extra)
     if taken:
         raise ValueError(f"checkpoint entries called {sorted(taken)} are written by save itself: choose other names")
-    checkpoint = {"state_dict": amp.unwrap(model).state_dict(), "cnmix": amp.state_dict(model), **extra}
+    checkpoint = {"state_dict": unwrap(model).state_dict(), "cnmix": state_dict(model), **extra}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
     target = Path(path)
@@ -66,21 +67,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "cnmix" not in checkpoint and _LIGHTNING_KEY in checkpoint:
         checkpoint["cnmix"] = checkpoint[_LIGHTNING_KEY]
     try:
-        check(checkpoint)
+        return {**checkpoint, "cnmix": check(checkpoint)}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return checkpoint
 
 
-def check(checkpoint: Mapping[str, Any]) -> None:
-    """Raises ValueError or TypeError unless the dict has ``state_dict`` and a cnmix state."""
+def check(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the cnmix state of a checkpoint; raises ValueError or TypeError unless it has one and ``state_dict``."""
     missing = {"state_dict", "cnmix"} - set(checkpoint)
     if missing:
         has = ", ".join(sorted(map(str, checkpoint))[:8])
         raise ValueError(
             f"this is no checkpoint of training with cnmix: it lacks {' and '.join(sorted(missing))}; it has {has}"
         )
-    amp.check_state(checkpoint["cnmix"])
+    return upgrade(checkpoint["cnmix"])
 
 
 def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ Mode = Literal["adaptive", "fixed_width", "fixed_interval"]
 ErrorMeasure = Literal["mean", "l1"]
 Product = Literal["convolution", "matmul"]
 
+OPERANDS = ("input", "weight", "grad_output")
+"""The operands of a module's products, each with a quantizer of its own."""
+
 # Where the error threshold is left open: catch's ConvQuantifyParams and MatmulQuantifyParams.
 _DEFAULT_THRESHOLD: dict[str, float] = {"convolution": 0.03, "matmul": 0.01}
 
@@ -45,6 +48,10 @@ class QuantizeConfig:
             difference.
         rounding: "nearest_even", "half_up", "half_away" or "stochastic".
         online: update on every step, whatever the schedule says.
+        saturation: update early once more than this share of the values since the last update, in [0, 1), lay at the
+            limits of the format; None: updates come when they are due.
+        narrowing: go back to the next narrower width, not below ``bitwidth``, on an update at which the error there
+            would be at most this share of the threshold, in (0, 1); None: widths only grow, as in the original.
         exact_int31: multiply 31-bit operands exactly; the default rounds their sums to float64 on the way.
     """
 
@@ -62,6 +69,8 @@ class QuantizeConfig:
     error_measure: ErrorMeasure = "mean"
     rounding: Rounding = "nearest_even"
     online: bool = False
+    saturation: float | None = None
+    narrowing: float | None = None
     exact_int31: bool = False
 
     def __post_init__(self) -> None:
@@ -90,6 +99,10 @@ class QuantizeConfig:
         _check_range("quantify_rate", self.quantify_rate, "[", 0, 1, "]")
         if self.threshold is not None:
             _check_range("threshold", self.threshold, "(", 0, 0.5, ")")
+        if self.saturation is not None:
+            _check_range("saturation", self.saturation, "[", 0, 1, ")")
+        if self.narrowing is not None:
+            _check_range("narrowing", self.narrowing, "(", 0, 1, ")")
         _check_range("alpha", self.alpha, "(", 0, 0.4, ")")
         _check_range("beta", self.beta, "(", 0, 1, ")")
         _check_range("gamma", self.gamma, "[", 0, 100, "]")
@@ -107,6 +120,10 @@ class QuantizeConfig:
         """
         check_names(changes, (field.name for field in dataclasses.fields(self)), "setting")
         return dataclasses.replace(self, **changes)
+
+
+OperandConfigs = Mapping[str, QuantizeConfig]
+"""The settings of a module, by operand."""
 
 
 def check_names(given: Iterable[str] | Mapping[str, Any], valid: Iterable[str], what: str) -> None:

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,14 @@ class LossScaler:
     A dynamic scale starts at 2**16, halves when a gradient is not finite, and doubles after 2000 steps without that
     (the constants of apex.amp and of ``torch.amp.GradScaler``). A step with such gradients is skipped.
 
+    Attributes:
+        requested: what ``initialize`` was given.
+        dynamic: whether the scale adapts.
+        scale: the present factor.
+        steps_without_overflow: since the scale changed.
+        overflow: whether gradients of this loss were not finite since the last step.
+        pending: whether this loss took part since the last step.
+
     Args:
         scale: a positive finite factor, or "dynamic".
 
@@ -42,33 +50,31 @@ class LossScaler:
         self.scale = 2.0**16 if self.dynamic else float(scale)
         self.steps_without_overflow = 0
         self.overflow = False
+        self.pending = False
 
-    def unscale(self, gradients: list[Tensor]) -> None:
+    def unscale(self, gradients: list[Tensor], look_for_overflow: bool = True) -> None:
         """Divides gradients by the scale in place; a dynamic scale also looks for overflow in them."""
         if not gradients:
             return
         if self.scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / self.scale)
-        if self.dynamic:
+        if self.dynamic and look_for_overflow:
+            self.pending = True
             # One non-finite element makes the sum of the norms non-finite.
             total = torch.stack([norm.double() for norm in torch._foreach_norm(gradients)]).sum()
             self.overflow |= not math.isfinite(total.item())
 
-    def adjust(self) -> bool:
-        """Ends an optimizer step: adapts the dynamic scale; returns whether the step must be skipped."""
-        if not self.dynamic:
-            return False
-        skip, self.overflow = self.overflow, False
-        if skip:
+    def adjust(self) -> None:
+        """Ends an optimizer step: adapts a dynamic scale to what this loss's gradients were."""
+        if self.overflow:
             self.scale = max(self.scale / 2, _SMALLEST_SCALE)
             self.steps_without_overflow = 0
-            logger.info("gradient overflow: step skipped, loss scale now %g", self.scale)
-            return True
-        self.steps_without_overflow += 1
-        if self.steps_without_overflow == 2000:
-            self.scale *= 2
-            self.steps_without_overflow = 0
-        return False
+        elif self.pending:
+            self.steps_without_overflow += 1
+            if self.steps_without_overflow == 2000:
+                self.scale *= 2
+                self.steps_without_overflow = 0
+        self.overflow = self.pending = False
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers."""
@@ -77,6 +83,7 @@ class LossScaler:
             "scale": self.scale,
             "steps_without_overflow": self.steps_without_overflow,
             "overflow": self.overflow,
+            "pending": self.pending,
         }
 
     def check_state(self, state: Any) -> None:
@@ -99,29 +106,67 @@ class LossScaler:
         self.__dict__.update(state)
 
 
-def attach_scaler(optimizer: Any, scaler: LossScaler) -> None:
-    """Keeps the scaler with the optimizer; with a dynamic scale its ``step`` skips after an overflow.
+def check_scalers(scalers: Sequence[LossScaler], states: Any) -> None:
+    """Raises ValueError unless the saved loss scales of an optimizer are for these scalers."""
+    if not isinstance(states, (list, tuple)):
+        raise ValueError(f"the saved loss scales of an optimizer must be a list, got {type(states).__name__}")
+    if len(states) != len(scalers):
+        raise ValueError(f"{len(states)} losses of an optimizer are saved, and num_losses is {len(scalers)}")
+    for scaler, state in zip(scalers, states, strict=True):
+        scaler.check_state(state)
+
+
+def attach_scalers(optimizer: Any, scalers: list[LossScaler]) -> None:
+    """Keeps the scalers of its losses with the optimizer; with a dynamic scale its ``step`` skips after an overflow.
+
+    A skipped step leaves parameters and optimizer state alone. Where ``step`` is given a closure (LBFGS), which scales
+    its loss inside, an overflow in it evaluates it again with a smaller scale.
 
     ``step`` is replaced on the instance, as a bound method, so that schedulers and wrappers find what they expect.
     """
-    setattr(optimizer, _ATTRIBUTE, scaler)
-    if not scaler.dynamic:
+    setattr(optimizer, _ATTRIBUTE, scalers)
+    if not scalers[0].dynamic:
         return
     original = optimizer.step
 
     @functools.wraps(original)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if scaler.adjust():
+    def step(self: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if _adjust(scalers, "step skipped"):
             self._opt_called = True  # what a scheduler looks for; a skipped step is no mistake in the script
             return None
-        return original(*args, **kwargs)
+        if closure is None:
+            return original(*args, **kwargs)
+        result = original(functools.partial(_evaluate, closure, scalers), *args, **kwargs)
+        _adjust(scalers, "the gradients are not finite at any scale")
+        return result
 
     optimizer.step = types.MethodType(step, optimizer)
 
 
-def scaler_of(optimizer: Any) -> LossScaler | None:
-    """Returns the scaler that ``initialize`` attached, or None."""
-    return getattr(optimizer, _ATTRIBUTE, None)
+def _adjust(scalers: Sequence[LossScaler], consequence: str) -> bool:
+    """Adapts the scales to the gradients since the last step; returns whether some had overflowed, and says so."""
+    overflow = [scaler.overflow for scaler in scalers]
+    for scaler in scalers:
+        scaler.adjust()
+    if any(overflow):
+        scales = ", ".join(f"{scaler.scale:g}" for scaler in scalers)
+        logger.warning("gradient overflow: %s, loss scale now %s", consequence, scales)
+    return any(overflow)
+
+
+def _evaluate(closure: Callable[[], Any], scalers: Sequence[LossScaler]) -> Any:
+    """Calls an optimizer's closure until its gradients are finite, or no smaller scale can make them so."""
+    while True:
+        loss = closure()
+        overflowed = [scaler for scaler in scalers if scaler.overflow]
+        if all(scaler.scale <= _SMALLEST_SCALE for scaler in overflowed):
+            return loss
+        _adjust(scalers, "the closure is evaluated again")
+
+
+def scalers_of(optimizer: Any) -> list[LossScaler]:
+    """Returns the scalers that ``initialize`` attached; none for an optimizer that it was not given."""
+    return getattr(optimizer, _ATTRIBUTE, [])
 
 
 def gradients_of(optimizers: Iterable[Any]) -> list[Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .nn import quantized_modules
 from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
+from .registry import registry, unwrap
+from .rules import RuleBook
 from .tables import format_table
 
 # Modules that multiply by weights of their own and that this version does not convert.
@@ -87,6 +89,10 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         with _counting(chosen, macs), _evaluation(model), torch.no_grad():
             model(*example)
     rows = []
+    converted = any(quantized_modules(model))
+    setup = registry.models.get(unwrap(model))
+    # Of a copy or a part of a model that was initialized the rules are not known.
+    left_out = RuleBook(model, setup.rules).why_left_out if setup else lambda module: "left out"
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         weight = getattr(module, "weight", None)
@@ -96,16 +102,14 @@ def summary(model: nn.Module, *example: Any) -> Summary:
             bits = tuple(quantizer.state.bits for _, quantizer in module.quantizers)
             rows.append(SummaryRow(fqn, kind, shape, (bits[0], bits[1], bits[2]), macs.get(fqn), ""))
         elif not fqn.startswith(inside):
-            reason = _reason(module, any(quantized_modules(model)))
+            reason = _reason(module, left_out(module)) if converted else "the model is not converted"
             rows.append(SummaryRow(fqn, type(module).__name__, shape, None, macs.get(fqn), reason))
     return Summary(tuple(rows))
 
 
-def _reason(module: nn.Module, converted: bool) -> str:
-    if not converted:
-        return "the model is not converted"
+def _reason(module: nn.Module, left_out: str) -> str:
     if type(module) in QUANTIZED_CLASSES:
-        return "left out"
+        return left_out or "came after initialize: call it again"
     if isinstance(module, tuple(QUANTIZED_CLASSES)):
         return f"a subclass of {type(module).__mro__[1].__name__}: only the class itself is converted"
     return f"{type(module).__name__} is not converted in this version"

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from .config import QuantizeConfig, check_names
+from .rules import Rule, leave_out, parse_rules
 from .strategies import find_level
 
 
@@ -50,12 +51,13 @@ FixedPointSection = dataclasses.make_dataclass(
     [
         ("opt_level", str, "O1"),
         ("exclude", list[str], field(default_factory=list)),
+        ("rules", list[Any], field(default_factory=list)),
         # Checked by the level and QuantizeConfig. Null is the level's own; for steps_per_epoch, the trainer's.
         ("activation_dtype", Any, None),
         *((each.name, Any, None) for each in dataclasses.fields(QuantizeConfig)),
     ],
 )
-"""The arguments of ``cnmix.initialize``: level, names to leave out, and the fields of ``cnmix.QuantizeConfig``."""
+"""The arguments of ``cnmix.initialize``: level, names to leave out, rules, fields of ``cnmix.QuantizeConfig``."""
 
 
 @dataclass
@@ -171,13 +173,24 @@ def _check_values(recipe: DictConfig) -> None:
     level = find_level(recipe.cnmix.opt_level)
     level.configure(fixed_point_settings(recipe))
     level.choose_activations(recipe.cnmix.activation_dtype)
+    recipe_rules(recipe)
 
 
 def fixed_point_settings(recipe: DictConfig) -> dict[str, Any]:
     """Returns the recipe's operand settings, as keywords of ``cnmix.QuantizeConfig``."""
     section = dict(OmegaConf.to_container(recipe.cnmix))  # type: ignore[arg-type]
-    others = ("opt_level", "exclude", "activation_dtype")
+    others = ("opt_level", "exclude", "rules", "activation_dtype")
     return {str(name): value for name, value in section.items() if name not in others and value is not None}
+
+
+def recipe_rules(recipe: DictConfig) -> tuple[Rule, ...]:
+    """Returns the recipe's rules, those that leave ``exclude`` out first.
+
+    Raises:
+        TypeError: if a rule is no mapping.
+        ValueError: for an unknown name in one, or a rule that makes no sense.
+    """
+    return (*leave_out(list(recipe.cnmix.exclude)), *parse_rules(OmegaConf.to_container(recipe.cnmix.rules)))  # type: ignore[arg-type]
 
 
 def build_model(recipe: DictConfig) -> nn.Module:

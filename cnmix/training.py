@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from . import amp, checkpoint, inference
+from . import checkpoint, inference
 from .lightning import CnmixPlugin
 from .nn import quantized_modules
-from .recipe import build_model, build_optimizer, fixed_point_settings, load_data, merge_recipe
+from .recipe import build_model, build_optimizer, fixed_point_settings, load_data, merge_recipe, recipe_rules
+from .state import check_names_fit
 from .strategies import find_level
 
 MODEL_FILE = "model.pt"
@@ -142,7 +143,7 @@ def run_recipe(
     # What the recipe or the checkpoint has wrong is refused before a folder is made.
     model = build_model(recipe)
     build_optimizer(recipe, model.parameters())
-    modules = find_level(recipe.cnmix.opt_level).check(model, list(recipe.cnmix.exclude))
+    modules = _modules_to_convert(recipe, model)
     if resume is not None:
         if len(levels) * len(recipe.seeds) > 1:
             raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare")
@@ -187,11 +188,11 @@ def train(
     torch.manual_seed(seed)
     task = Classification(build_model(recipe), recipe, level, seed)
     # The recipe names modules of the network, which is `model` in the task.
-    exclude = [f"model.{name}" for name in recipe.cnmix.exclude]
+    rules = [rule.under("model.") for rule in recipe_rules(recipe)]
     if find_level(level).quantizes:
         plugin = CnmixPlugin(
             level,
-            exclude=exclude,
+            rules=rules,
             activation_dtype=recipe.cnmix.activation_dtype,
             settings=fixed_point_settings(recipe),
         )
@@ -326,10 +327,14 @@ def _read_checkpoint(file: Path) -> Mapping[str, Any]:
     if missing:
         raise ValueError(f"{file} is no checkpoint of `cnmix train`: it has no {', '.join(missing)}")
     try:
-        checkpoint.check(saved)
+        return {**saved, "cnmix": checkpoint.check(saved)}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-    return saved
+
+
+def _modules_to_convert(recipe: DictConfig, model: nn.Module) -> list[str]:
+    level = find_level(recipe.cnmix.opt_level)
+    return list(level.check(model, level.configure(fixed_point_settings(recipe)), recipe_rules(recipe)))
 
 
 def _check_resumable(file: Path, model: nn.Module, modules: list[str], epochs: int) -> None:
@@ -339,7 +344,7 @@ def _check_resumable(file: Path, model: nn.Module, modules: list[str], epochs: i
         raise ValueError(f"{file} is no checkpoint to go on from: give the last.ckpt of a run")
     _check_weights_fit(model, saved["state_dict"], file)
     states = saved["cnmix"]["models"] or [{"modules": {}}]
-    amp.check_names_fit(type(model).__name__, set(modules), states[0])
+    check_names_fit(type(model).__name__, set(modules), states[0])
     if saved["epoch"] + 1 >= epochs:
         raise ValueError(f"{file} has trained {saved['epoch'] + 1} epochs already: give more with epochs=")
 

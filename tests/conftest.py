@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnmix
-from cnmix import amp
+from cnmix.registry import Registry, registry
 
 
 class Net(nn.Module):
@@ -27,7 +27,8 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Gives each test a registry of its own, and puts torch's threads and random state back."""
-    monkeypatch.setattr(amp, "registry", amp._Registry())
+    for name, value in vars(Registry()).items():
+        monkeypatch.setattr(registry, name, value)
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     yield
     torch.set_num_threads(threads)

@@ -187,3 +187,67 @@ def test_other_float_types_count_by_value(dtype):
     ours, theirs = (OperandQuantizer(QuantizeConfig(), "convolution", "x") for _ in range(2))
     assert torch.equal(ours(x, training=True).values, theirs(x.float(), training=True).values)
     assert ours.state.error == pytest.approx(theirs.state.error, rel=1e-6, abs=1e-9)
+
+
+def test_saturation_brings_the_next_update_forward():
+    config = QuantizeConfig(mode="fixed_interval", interval=50, saturation=0.01, max_bitwidth=8)
+    quantizer = OperandQuantizer(config, "matmul", "input of 'layer'")
+    x = gaussian(1000)
+    quantizer(x, training=True)
+    position = quantizer.state.position
+    few = x.clone()
+    few[:5] = 1000.0  # half a percent in each of these steps
+    for _ in range(3):
+        quantizer(few, training=True)
+    assert quantizer.state.updates == 1
+    assert quantizer.state.saturation == pytest.approx(0.015)
+    many = x.clone()
+    many[:100] = 1000.0
+    quantizer(many, training=False)
+    assert quantizer.state.next_update == 50
+    quantizer(many, training=True)  # 11.5 percent over four steps
+    assert quantizer.state.next_update == 5
+    quantizer(many, training=True)
+    assert quantizer.state.updates == 2
+    assert quantizer.state.position > position
+    assert quantizer.state.saturation == 0
+    without = OperandQuantizer(config.replace(saturation=None), "matmul", "input of 'layer'")
+    for tensor in (x, few, few, few, many, many):
+        without(tensor, training=True)
+    assert without.state.updates == 1
+
+
+def test_widths_fall_again_where_the_narrower_error_is_well_under_the_threshold():
+    settings = {"mode": "fixed_interval", "interval": 1, "threshold": 0.02}
+    falling = OperandQuantizer(QuantizeConfig(narrowing=0.5, **settings), "matmul", "input of 'layer'")
+    original = OperandQuantizer(QuantizeConfig(**settings), "matmul", "input of 'layer'")
+    for quantizer in (falling, original):
+        quantizer(TAIL_31, training=True)
+        assert quantizer.state.bits == 31
+    widths = []
+    for _ in range(3):
+        quantized = falling(gaussian(1024), training=True)
+        widths.append(quantized.bits)
+        assert quantized.values.dtype == {8: torch.int8, 16: torch.int16}[quantized.bits]
+        assert (falling.state.bits, falling.state.position) == (quantized.bits, quantized.position)
+        original(gaussian(1024), training=True)
+    assert widths == [16, 8, 8]  # one width at a time, and not below bitwidth
+    assert original.state.bits == 31
+    falling(TAIL_31, training=True)
+    assert falling.state.bits == 31
+
+    # Between half the threshold and the threshold nothing changes: that is the hysteresis.
+    x = gaussian(1024)
+    x[0] = 60.0
+    at_int8 = trained(QuantizeConfig(max_bitwidth=8), [x]).state.error
+    settings["threshold"] = 1.5 * at_int8
+    narrow = OperandQuantizer(QuantizeConfig(narrowing=0.5, **settings), "matmul", "input of 'layer'")
+    wide = OperandQuantizer(QuantizeConfig(narrowing=0.5, **settings), "matmul", "input of 'layer'")
+    wide(TAIL_31, training=True)
+    for _ in range(4):
+        narrow(x, training=True)
+        wide(x, training=True)
+    assert (narrow.state.bits, wide.state.bits) == (8, 16)
+    floor = OperandQuantizer(QuantizeConfig(bitwidth=16, narrowing=0.9, **settings), "matmul", "input of 'layer'")
+    floor(gaussian(1024), training=True)
+    assert floor.state.bits == 16

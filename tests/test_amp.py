@@ -57,7 +57,7 @@ def test_bad_argument_changes_nothing(net, arguments, error, message):
         cnmix.initialize(model, optimizer, **{"opt_level": "O1", **arguments})
     assert is_plain(model)
     assert optimizer.step == step
-    assert cnmix.state_dict() == {"version": 1, "models": [], "loss_scalers": []}
+    assert cnmix.state_dict() == {"version": 2, "models": [], "loss_scalers": []}
     cnmix.initialize(model, optimizer)
     assert [fqn for fqn, _ in quantized_modules(model)] == ["conv", "fc1", "fc2"]
 
@@ -104,7 +104,7 @@ def test_second_call_is_idempotent(net, step):
         step(model, optimizer)
     state = cnmix.state_dict()
     assert len(state["models"]) == len(state["loss_scalers"]) == 1
-    assert state["loss_scalers"][0]["steps_without_overflow"] == 3
+    assert state["loss_scalers"][0][0]["steps_without_overflow"] == 3
     assert state["models"][0]["modules"]["fc1"]["operands"]["weight"]["step"] == 3
 
 
@@ -137,7 +137,7 @@ def test_o0_keeps_float32(net, step, same_weights):
         (None, TypeError, "got NoneType"),
         ({}, ValueError, "this is no cnmix state"),
         ({"state_dict": {}, "epoch": 3}, ValueError, r"it has the keys \['epoch', 'state_dict'\]"),
-        ({"version": 2, "models": [], "loss_scalers": []}, ValueError, "version 2, and this cnmix reads up to 1"),
+        ({"version": 3, "models": [], "loss_scalers": []}, ValueError, "version 3, and this cnmix reads up to 2"),
         ({"version": "1", "models": [], "loss_scalers": []}, ValueError, "version '1'"),
         ({"version": 1, "models": [{}], "loss_scalers": []}, ValueError, "a model in it has no modules"),
         ({"version": 1, "models": [{"modules": {"a": 1}}], "loss_scalers": []}, ValueError, "the saved state of 'a'"),
@@ -161,11 +161,11 @@ def test_bad_second_loss_scale_leaves_the_first(net):
     optimizers = [sgd(model) for model in models]
     cnmix.initialize(models, optimizers, loss_scale=4.0)
     state = cnmix.state_dict()
-    state["loss_scalers"][0]["scale"] = 32.0
-    state["loss_scalers"][1]["dynamic"] = True
+    state["loss_scalers"][0][0]["scale"] = 32.0
+    state["loss_scalers"][1][0]["dynamic"] = True
     with pytest.raises(ValueError, match='the saved loss scale is "dynamic"'):
         cnmix.load_state_dict(state)
-    assert [scaler["scale"] for scaler in cnmix.state_dict()["loss_scalers"]] == [4.0, 4.0]
+    assert [scaler["scale"] for (scaler,) in cnmix.state_dict()["loss_scalers"]] == [4.0, 4.0]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -262,7 +262,7 @@ def test_resumed_training_is_bit_exact(net, step, batch, same_weights, tmp_path,
 
 
 def test_waiting_loss_scale_of_another_kind(net):
-    cnmix.load_state_dict({"version": 1, "models": [], "loss_scalers": [LossScaler("dynamic").state_dict()]})
+    cnmix.load_state_dict({"version": 2, "models": [], "loss_scalers": [[LossScaler("dynamic").state_dict()]]})
     model = net()
     with pytest.raises(ValueError, match='saved loss scale is "dynamic", and initialize was given a number'):
         cnmix.initialize(model, sgd(model), loss_scale=2.0)
@@ -278,7 +278,7 @@ def test_registry_keeps_nothing_alive(net, step):
     del model, optimizer
     gc.collect()
     assert [reference() for reference in references] == [None, None]
-    assert cnmix.state_dict() == {"version": 1, "models": [], "loss_scalers": []}
+    assert cnmix.state_dict() == {"version": 2, "models": [], "loss_scalers": []}
 
 
 def test_exception_within_scale_loss_leaves_accumulated_gradients(net, batch):
@@ -347,4 +347,4 @@ def test_second_call_for_another_model_keeps_the_optimizers_loss_scale(net):
     optimizer = sgd(first)
     cnmix.initialize(first, optimizer, loss_scale=64.0)
     cnmix.initialize(second, optimizer)
-    assert cnmix.state_dict()["loss_scalers"][0]["scale"] == 64.0
+    assert cnmix.state_dict()["loss_scalers"][0][0]["scale"] == 64.0

@@ -197,7 +197,7 @@ def test_settings_from_numpy_can_be_read_back(tmp_path):
     convert(model, QuantizeConfig(alpha=np.float64(0.05), bitwidth=np.int64(16)))
     checkpoint.save(tmp_path / "model.pt", model)
     data = checkpoint.load(tmp_path / "model.pt")
-    assert data["cnmix"]["models"][0]["modules"]["0"]["settings"]["alpha"] == 0.05
+    assert data["cnmix"]["models"][0]["modules"]["0"]["settings"]["weight"]["alpha"] == 0.05
 
 
 def test_saving_changes_nothing(trained, tmp_path):

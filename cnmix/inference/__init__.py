@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .. import amp
 from ..checkpoint import check, load
 from ..config import QuantizeConfig
 from ..nn import QUANTIZED_CLASSES, convert, convertible_modules, quantized_modules
 from ..nn.quantizers import check_trained
+from ..rules import leave_out
+from ..state import check_names_fit, load_state_dict
 
 __all__ = ["freeze", "prepare"]
 
@@ -39,24 +40,27 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
     """
     if not isinstance(checkpoint, Mapping):
         checkpoint = load(checkpoint)
-    check(checkpoint)
-    state = checkpoint["cnmix"]
+    state = check(checkpoint)
     if len(state["models"]) != 1:
         raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
     saved = state["models"][0]["modules"]
     stays_float = [
         fqn for fqn, module in model.named_modules() if type(module) in QUANTIZED_CLASSES and fqn not in saved
     ]
-    present = {*convertible_modules(model, stays_float), *(fqn for fqn, _ in quantized_modules(model))}
-    amp.check_names_fit(type(model).__name__, present, state["models"][0])
-    configs = {fqn: QuantizeConfig().replace(**saved[fqn]["settings"]) for fqn in saved}
+    rules = leave_out(stays_float)
+    present = {*convertible_modules(model, rules), *(fqn for fqn, _ in quantized_modules(model))}
+    check_names_fit(type(model).__name__, present, state["models"][0])
+    configs = {
+        fqn: {operand: QuantizeConfig().replace(**settings) for operand, settings in saved[fqn]["settings"].items()}
+        for fqn in saved
+    }
     for fqn in saved:
         check_trained({name: each["step"] for name, each in saved[fqn]["operands"].items()}, fqn)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
-    convert(model, QuantizeConfig(), stays_float)
-    amp.load_state_dict(state, model)
+    convert(model, QuantizeConfig(), rules)
+    load_state_dict(state, model)
     for fqn, module in quantized_modules(model):
-        module.quantizers.config = configs[fqn]
+        module.quantizers.configs = configs[fqn]
     return freeze(model)
 
 

@@ -18,7 +18,7 @@ from .cpu import (
 )
 from .int8_product import serving_variant
 from .native import Statistics
-from .quantization import channel_sums, checksum, quantize, quantize_measured, sum_of_magnitudes
+from .quantization import channel_sums, checksum, quantize, quantize_measured, saturated_share, sum_of_magnitudes
 
 __all__ = [
     "Statistics",
@@ -33,6 +33,7 @@ __all__ = [
     "quantize",
     "quantize_measured",
     "reference",
+    "saturated_share",
     "show_config",
     "sum_of_magnitudes",
     "to_channels_last",

@@ -111,6 +111,15 @@ def _summed_dim(source: Tensor, dim: int | None) -> int | None:
     return dim if source.stride(dim) == inner or source.shape[dim] == 1 else None
 
 
+def saturated_share(x: FixedPoint) -> float:
+    """Returns the share of values at the limits of the format, in [0, 1]; 0 for an empty tensor."""
+    if x.values.numel() == 0:
+        return 0.0
+    low, high = limits(x.bits)
+    at_limits = x.values.eq(low).count_nonzero() + x.values.eq(high).count_nonzero()
+    return int(at_limits) / x.values.numel()
+
+
 def checksum(x: Tensor) -> int:
     """Returns a number that any single change of a float32 tensor, and any change of order, alters.
 

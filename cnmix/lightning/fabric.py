@@ -9,9 +9,11 @@ import torch
 from lightning.fabric.plugins import Precision
 from torch.nn import Module
 
-from .. import amp
-from ..nn import check_exclude, quantized_modules
+from .. import state
+from ..amp import initialize
+from ..nn import quantized_modules
 from ..nn.half import frame
+from ..rules import Rule, leave_out, parse_rules
 from ..strategies import find_level
 
 
@@ -24,11 +26,12 @@ class FabricCnmixPlugin(Precision):
         max_bitwidth: width that none exceeds: 8, 16 or 31.
         steps_per_epoch: training steps in an epoch; the Trainer plugin takes it from the trainer where it is None.
         exclude: fully qualified names of modules to leave in float32.
+        rules: other settings for some modules or operands, see ``cnmix.initialize``.
         activation_dtype: what flows between products: "float32", "bfloat16" or "float16"; the level's by default.
         settings: further fields of ``cnmix.QuantizeConfig``.
 
     Raises:
-        TypeError: if ``exclude`` is a string.
+        TypeError: if ``exclude`` or ``rules`` is no list.
         ValueError: for an unknown level or setting, or a value out of its range.
     """
 
@@ -42,15 +45,15 @@ class FabricCnmixPlugin(Precision):
         max_bitwidth: int | None = None,
         steps_per_epoch: int | None = None,
         exclude: Sequence[str] = (),
+        rules: Sequence[Rule | Mapping[str, Any]] = (),
         activation_dtype: str | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        check_exclude(exclude)
         given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch}
         given.update(settings or {})
         self.opt_level = opt_level
         self.settings = {name: value for name, value in given.items() if value is not None}
-        self.exclude = tuple(exclude)
+        self.rules = (*leave_out(exclude), *parse_rules(rules))
         # Refuse bad settings where the plugin is written, not when training starts.
         level = find_level(opt_level)
         level.configure(self.settings)
@@ -61,9 +64,7 @@ class FabricCnmixPlugin(Precision):
     def convert_module(self, module: Module) -> Module:
         """Converts the model in place; Lightning calls this at the start of every fit, validate, test and predict."""
         settings: dict[str, Any] = dict(self.settings)
-        amp.initialize(
-            module, None, self.opt_level, exclude=self.exclude, activation_dtype=self.activation_dtype, **settings
-        )
+        initialize(module, None, self.opt_level, rules=self.rules, activation_dtype=self.activation_dtype, **settings)
         if self._activations != torch.float32:
             # A LightningModule computes its loss outside of forward, from what its parts return.
             for part in module.children():
@@ -73,7 +74,7 @@ class FabricCnmixPlugin(Precision):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the quantizers know; Lightning keeps it in the checkpoint under the name of the class."""
-        return {} if self._module is None else amp.state_dict(self._module)
+        return {} if self._module is None else state.state_dict(self._module)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned.
@@ -82,10 +83,10 @@ class FabricCnmixPlugin(Precision):
             ValueError: if the state's modules are not the model's.
         """
         if self._module is not None:
-            amp.load_state_dict(state_dict, self._module)
+            state.load_state_dict(state_dict, self._module)
 
     def set_steps_per_epoch(self, steps: int) -> None:
         """Tells every operand how many training steps an epoch has."""
         if self._module is not None:
             for _, module in quantized_modules(self._module):
-                module.quantizers.config = module.quantizers.config.replace(steps_per_epoch=steps)
+                module.quantizers.change_settings(steps_per_epoch=steps)

@@ -1,6 +1,7 @@
 """Quantized modules, their autograd functions, and the in-place conversion."""
 
-from .convert import check_exclude, convert, convertible_modules, quantized_modules
+from ..config import OPERANDS
+from .convert import convert, convertible_modules, quantized_modules
 from .modules import (
     QUANTIZED_CLASSES,
     QuantizedConv1d,
@@ -9,7 +10,7 @@ from .modules import (
     QuantizedLinear,
     QuantizedModule,
 )
-from .quantizers import OPERANDS, ModuleQuantizers
+from .quantizers import ModuleQuantizers
 
 __all__ = [
     "OPERANDS",
@@ -20,7 +21,6 @@ __all__ = [
     "QuantizedConv3d",
     "QuantizedLinear",
     "QuantizedModule",
-    "check_exclude",
     "convert",
     "convertible_modules",
     "quantized_modules",

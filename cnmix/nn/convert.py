@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,12 +9,13 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import QuantizeConfig
+from ..rules import Rule, RuleBook
 from .half import use_float32
 from .modules import QUANTIZED_CLASSES, QuantizedModule
 from .quantizers import ModuleQuantizers
 
 
-def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = ()) -> list[str]:
+def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
     """Makes every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the model compute in fixed point, in place.
 
     Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
@@ -25,7 +24,7 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
     Args:
         model: the model; may itself be one of those modules.
         config: settings of every operand.
-        exclude: fully qualified names to leave in float; a name covers all below it, and may have wildcards.
+        rules: what to leave in float, and other settings for some modules or operands.
 
     Returns:
         The names of the modules converted by this call.
@@ -33,11 +32,13 @@ def convert(model: nn.Module, config: QuantizeConfig, exclude: Sequence[str] = (
     Raises:
         ValueError: as ``convertible_modules`` does.
     """
-    chosen = convertible_modules(model, exclude)
+    chosen = convertible_modules(model, rules)
+    book = RuleBook(model, rules)
+    configs = {fqn: book.configure(module, config) for fqn, module in chosen.items()}
     for fqn, module in chosen.items():
         converted = QUANTIZED_CLASSES[type(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
-        module.__dict__["quantizers"] = ModuleQuantizers(config, converted.product, fqn or type(module).__name__)
+        module.__dict__["quantizers"] = ModuleQuantizers(configs[fqn], converted.product, fqn or type(module).__name__)
         module.__class__ = converted
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
@@ -65,14 +66,20 @@ def revert(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def convertible_modules(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[str, nn.Module]:
     """Returns the modules, by fully qualified name, that ``convert`` would change; changes nothing.
 
     Raises:
-        ValueError: if a name in ``exclude`` matches nothing, a weight is not float32 or not yet initialized, or is
-            shared with a module that stays float.
+        ValueError: if a rule names a module or class that is not there, a weight is not float32 or not yet
+            initialized, or is shared with a module that stays float.
     """
-    chosen = _choose(model, exclude)
+    book = RuleBook(model, rules)
+    book.check()
+    chosen = {
+        fqn: module
+        for fqn, module in model.named_modules()
+        if (type(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin)) and not book.why_left_out(module)
+    }
     _check_weights(chosen)
     _check_shared_weights(model, {id(module) for module in chosen.values()})
     return chosen
@@ -83,36 +90,6 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
     for fqn, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             yield fqn, module
-
-
-def check_exclude(exclude: Sequence[str]) -> None:
-    """Raises TypeError for a string where a list of names is meant."""
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a list of module names, got the string {exclude!r}: write [{exclude!r}]")
-
-
-def _choose(model: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Module]:
-    # A module that is registered under several names can be left out by any of them.
-    aliases: dict[int, list[str]] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(fqn)
-    names = [fqn for each in aliases.values() for fqn in each]
-    check_exclude(exclude)
-    for pattern in exclude:
-        if not any(_matches(fqn, pattern) for fqn in names):
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see the names in model.named_modules()"
-            raise ValueError(f"exclude: no module is called {pattern!r}: {hint}")
-    return {
-        fqn: module
-        for fqn, module in model.named_modules()
-        if (type(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin))
-        and not any(_matches(alias, pattern) for pattern in exclude for alias in aliases[id(module)])
-    }
-
-
-def _matches(fqn: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
 
 
 def _check_weights(chosen: dict[str, nn.Module]) -> None:

@@ -29,8 +29,11 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         y, qx, qw, ctx.saved = forward_product(x, weight, bias, quantizers, training, geometry)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(qx.values if needs_weight else None, qw.values if needs_x else None)
         ctx.x_format, ctx.weight_format = qx[1:], qw[1:]
+        saved = qx.values if needs_weight else None, qw.values if needs_x else None
+        # Activation checkpointing replaces what is saved: the formats must come from where the integers do.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        ctx.save_for_backward(*saved, *((torch.tensor([*qx[1:], *qw[1:]]),) if hooked else ()))
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.quantizers = quantizers
         return y
@@ -38,9 +41,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x_values, weight_values = ctx.saved_tensors
-        qx = None if x_values is None else FixedPoint(x_values, *ctx.x_format)
-        qw = None if weight_values is None else FixedPoint(weight_values, *ctx.weight_format)
+        x_values, weight_values, *formats = ctx.saved_tensors
+        x_format, weight_format = ctx.x_format, ctx.weight_format
+        if formats:
+            numbers = formats[0].tolist()
+            x_format, weight_format = numbers[:3], numbers[3:]
+        qx = None if x_values is None else FixedPoint(x_values, *x_format)
+        qw = None if weight_values is None else FixedPoint(weight_values, *weight_format)
         gradients = backward_products(grad_output, qx, qw, ctx.needs_input_grad[2], ctx.quantizers, ctx.saved)
         pairs = zip(gradients, ctx.dtypes, strict=True)
         return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs), None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..fixed_point import FixedPoint
-from .quantizers import ModuleQuantizers
+from .quantizers import Call, ModuleQuantizers, current_backward
 
 
 class ConvolutionGeometry(NamedTuple):
@@ -36,6 +36,7 @@ class Saved(NamedTuple):
         weight_shape: of the weight.
         channels_last: whether a convolution's input had its channels side by side in memory.
         x_dtype: of the input, and of its gradient.
+        call: the forward pass, in training.
     """
 
     training: bool
@@ -44,6 +45,7 @@ class Saved(NamedTuple):
     weight_shape: Sequence[int]
     channels_last: bool
     x_dtype: torch.dtype
+    call: Call | None = None
 
 
 def forward_product(
@@ -60,8 +62,7 @@ def forward_product(
         The output in the dtype of ``x``, or the half type that the model computes in; both operands; and what else
         ``backward_products`` takes.
     """
-    qx = quantizers.input(x, training)
-    qw = quantizers.quantize_weight(weight, training)
+    qx, qw, call = quantizers.quantize(x, weight, training)
     exact = quantizers.config.exact_int31
     dtype = quantizers.output_dtype or x.dtype
     channels_last = geometry is not None and kernels.has_channels_last(x)
@@ -74,7 +75,7 @@ def forward_product(
         y = kernels.convolution(
             qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact, dtype=dtype
         )
-    return y, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype)
+    return y, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype, call)
 
 
 def backward_products(
@@ -99,6 +100,8 @@ def backward_products(
         The gradients of input (in its dtype), weight and bias (float32; the bias's may have grad_output's dtype), each
         None where not wanted.
     """
+    if saved.call is not None:
+        saved.call.backward = current_backward()
     kept = grad_output.dim() - 1 if saved.geometry is None else 1
     if qx is None and qw is None:
         return None, None, kernels.channel_sums(grad_output, kept) if needs_bias else None

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from .. import kernels
 from ..adaptive import OperandQuantizer, parse_operand_state
-from ..config import Product, QuantizeConfig
+from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..fixed_point import FixedPoint
-
-OPERANDS = ("input", "weight", "grad_output")
 
 # Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
 _MOST_ASIDE = 64
+
+_DRAWN_FIELDS = {"checksum": int, "stream": int, "measured": bool}
 
 # Operators of torch take tensors and numbers: a compiled graph knows its quantizers by number. Weak, so that nothing
 # lives longer for it.
@@ -28,11 +29,33 @@ _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, ModuleQuantizers] = weakref.WeakValueDictionary()
 
 
+class Call:
+    """One forward pass of a module in training, to be repeated where activation checkpointing computes it again.
+
+    Attributes:
+        input: width and position of the input, and the step that numbers its random draws.
+        weight: the integers of the weight.
+        backward: id of the backward pass that has used the call, -1 before one has.
+    """
+
+    __slots__ = ("__weakref__", "backward", "input", "weight")
+
+    def __init__(self, input: tuple[int, int, int], weight: FixedPoint) -> None:
+        self.input = input
+        self.weight = weight
+        self.backward = -1
+
+
+def current_backward() -> int:
+    """Returns the id of the backward pass that this thread is in, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
 class ModuleQuantizers:
     """Quantizes the three operands of one Linear or convolution.
 
     Args:
-        config: the settings of all three operands.
+        config: the settings of all three operands, or of each.
         product: "convolution" or "matmul".
         fqn: fully qualified name of the module, for messages.
 
@@ -46,14 +69,15 @@ class ModuleQuantizers:
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
     """
 
-    def __init__(self, config: QuantizeConfig, product: Product, fqn: str) -> None:
+    def __init__(self, config: QuantizeConfig | OperandConfigs, product: Product, fqn: str) -> None:
+        configs = dict.fromkeys(OPERANDS, config) if isinstance(config, QuantizeConfig) else config
         self.fqn = fqn
         self.product: Product = product
         # The key of stochastic rounding: a seed of the run, and a number per operand that any process finds again.
         run = torch.initial_seed() & 0xFFFFFFFF
         self.input, self.weight, self.grad_output = (
             OperandQuantizer(
-                config, product, f"{operand} of {fqn!r}", run << 32 | zlib.crc32(f"{fqn}.{operand}".encode())
+                configs[operand], product, f"{operand} of {fqn!r}", run << 32 | zlib.crc32(f"{fqn}.{operand}".encode())
             )
             for operand in OPERANDS
         )
@@ -61,7 +85,10 @@ class ModuleQuantizers:
         self._weight_checksum: int | None = None
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
+        self._drawn: Mapping[str, Any] | None = None  # how they were drawn, where that was at random
         self._frozen = False
+        self._calls: list[weakref.ref[Call]] = []
+        self._kept_calls: deque[Call] = deque(maxlen=_MOST_ASIDE)
         self.output_dtype: torch.dtype | None = None
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
@@ -74,14 +101,31 @@ class ModuleQuantizers:
 
     @property
     def config(self) -> QuantizeConfig:
-        """The settings of the operands; assignment replaces them and keeps what was learned."""
+        """The settings of the input, and of the module; assignment gives them to all operands, which keep their state."""
         return self.input.config
 
     @config.setter
     def config(self, config: QuantizeConfig) -> None:
-        for _, quantizer in self:
-            quantizer.config = config
+        self.configs = dict.fromkeys(OPERANDS, config)
+
+    @property
+    def configs(self) -> OperandConfigs:
+        """The settings of each operand; assignment replaces them and keeps what was learned."""
+        return {name: quantizer.config for name, quantizer in self}
+
+    @configs.setter
+    def configs(self, configs: OperandConfigs) -> None:
+        for name, quantizer in self:
+            quantizer.config = configs[name]
         self._weight_measured = False  # what was measured may come out otherwise now
+
+    def change_settings(self, **changes: Any) -> None:
+        """Changes these settings of every operand and leaves the others.
+
+        Raises:
+            ValueError: as ``QuantizeConfig.replace`` does.
+        """
+        self.configs = {name: config.replace(**changes) for name, config in self.configs.items()}
 
     @property
     def frozen(self) -> bool:
@@ -112,17 +156,61 @@ class ModuleQuantizers:
             if training:
                 quantizer.repeat()
             return known
+        if training and known is None and self._drawn is not None and self._draw_again(weight, key):
+            return self.quantize_weight(weight, training)
         quantized, found = quantizer.measured(weight, training, with_checksum=True)
         integers = self._weight_layout(quantized)
         # Evaluation between micro-batches must not take away the integers that training drew at random.
         if integers.finite and rounding == quantizer.rounding(training=True):
             self._weight_key, self._weight_checksum, self._weight_integers = key, found.checksum, integers
             self._weight_measured = training and state.updates > 0 and state.last_update == state.step - 1
+            if rounding == "stochastic":
+                self._drawn = {"checksum": found.checksum, "stream": state.step, "measured": self._weight_measured}
         return integers
+
+    def _draw_again(self, weight: Tensor, key: tuple[Any, ...]) -> bool:
+        """Draws the integers anew that a run had when it was saved between two micro-batches, if it is that weight."""
+        drawn, state = self._drawn, self.weight.state
+        self._drawn = None
+        if drawn is None or state.position is None or kernels.checksum(weight) != drawn["checksum"]:
+            return False
+        integers = self.weight.repeated(weight, state.bits, state.position, drawn["stream"])
+        self._weight_integers = self._weight_layout(integers)
+        self._weight_key, self._weight_checksum = key, drawn["checksum"]
+        self._weight_measured, self._drawn = drawn["measured"], drawn
+        return True
 
     def _weight_layout(self, integers: FixedPoint) -> FixedPoint:
         """Returns the weight's integers in the layout that the module's products want."""
         return kernels.to_channels_last(integers) if self.product == "convolution" else integers
+
+    def quantize(self, x: Tensor, weight: Tensor, training: bool) -> tuple[FixedPoint, FixedPoint, Call | None]:
+        """Quantizes the operands of a forward pass.
+
+        A forward pass within a backward pass is one that activation checkpointing repeats: it counts no step, and
+        takes the formats of the latest call that this backward pass has not used.
+
+        Returns:
+            Input, weight, and in training the call, which is known as long as something refers to it.
+        """
+        backward = current_backward() if training else -1
+        if backward == -1:
+            qx, qw = self.input(x, training), self.quantize_weight(weight, training)
+            if not training:
+                return qx, qw, None
+            call = Call((qx.bits, qx.position, self.input.state.step), qw)
+            self._calls = [reference for reference in self._calls if reference() is not None]
+            self._calls.append(weakref.ref(call))
+            if not torch.is_grad_enabled():  # checkpointing of the reentrant kind: no graph refers to the call
+                self._kept_calls.append(call)
+            return qx, qw, call
+        for reference in reversed(self._calls):
+            call = reference()  # type: ignore[assignment]
+            if call is not None and call.backward != backward:
+                call.backward = backward
+                return self.input.repeated(x, *call.input), call.weight, call
+        state = self.input.state
+        return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False), None
 
     def put_aside(self, integers: tuple[Tensor, Tensor]) -> int:
         """Keeps the integers of input and weight for a backward pass; returns the number to fetch them with."""
@@ -158,14 +246,18 @@ class ModuleQuantizers:
         self._weight_integers = self._weight_layout(self.weight(weight, training=False))
         self._frozen = True
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns ``{"settings", "operands"}``: the settings in force and the state of each operand, plain numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the settings in force, the state of each operand, and how the weight was drawn at random; plain data.
+
+        The last is what training goes on from between two micro-batches, which share the weight's integers.
+        """
         return {
-            "settings": dataclasses.asdict(self.config),
+            "settings": {name: dataclasses.asdict(config) for name, config in self.configs.items()},
             "operands": {name: quantizer.state_dict() for name, quantizer in self},
+            "drawn_weight": self._drawn,
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the operands' states from what ``state_dict`` returned; the settings stay as they are.
 
         Raises:
@@ -175,12 +267,13 @@ class ModuleQuantizers:
         for name, quantizer in self:
             quantizer.load_state_dict(state["operands"][name])
         self._weight_integers = None
+        self._drawn = state["drawn_weight"]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
             state.update(_weight_key=None, _weight_integers=None)
-        state["_aside"] = {}
+        state.update(_aside={}, _calls=[], _kept_calls=deque(maxlen=_MOST_ASIDE))
         del state["handle"]
         return state
 
@@ -217,20 +310,38 @@ def check_trained(steps: Mapping[str, int], fqn: str) -> None:
         )
 
 
-def check_widths(state: Mapping[str, Any], fqn: str, config: QuantizeConfig) -> None:
+def check_widths(state: Mapping[str, Any], fqn: str, configs: OperandConfigs) -> None:
     """Raises ValueError, naming operand and module, if a saved width is over the largest that the settings allow."""
     for name, operand in state["operands"].items():
-        if operand["bits"] > config.max_bitwidth:
-            raise ValueError(
-                f"{name} of {fqn!r} is saved at int{operand['bits']}, over max_bitwidth {config.max_bitwidth}: raise it"
-            )
+        allowed = configs[name].max_bitwidth
+        if operand["bits"] > allowed:
+            saved = f"int{operand['bits']}"
+            raise ValueError(f"{name} of {fqn!r} is saved at {saved}, over max_bitwidth {allowed}: raise it")
 
 
 def check_module_state(state: Any, fqn: str) -> None:
     """Raises ValueError unless ``state`` is what ``ModuleQuantizers.state_dict`` returns."""
-    if not isinstance(state, Mapping) or set(state) != {"settings", "operands"}:
-        raise ValueError(f"the saved state of {fqn!r} must have settings and operands")
-    if not isinstance(state["operands"], Mapping) or set(state["operands"]) != set(OPERANDS):
-        raise ValueError(f"the saved state of {fqn!r} must have the operands {', '.join(OPERANDS)}")
+    if not isinstance(state, Mapping) or set(state) != {"settings", "operands", "drawn_weight"}:
+        raise ValueError(f"the saved state of {fqn!r} must have settings, operands and drawn_weight")
+    for part in ("settings", "operands"):
+        if not isinstance(state[part], Mapping) or set(state[part]) != set(OPERANDS):
+            raise ValueError(f"the saved {part} of {fqn!r} must have the operands {', '.join(OPERANDS)}")
     for name in OPERANDS:
         parse_operand_state(state["operands"][name], f"{name} of {fqn!r}")
+    drawn = state["drawn_weight"]
+    if drawn is not None and (
+        not isinstance(drawn, Mapping) or {name: type(value) for name, value in drawn.items()} != _DRAWN_FIELDS
+    ):
+        raise ValueError(f"the saved drawn_weight of {fqn!r} must be None or have {', '.join(_DRAWN_FIELDS)}")
+
+
+def upgrade_module_state(state: Any) -> Any:
+    """Returns what version 1 saved of a module in the form of this version; what is no state stays as it is."""
+    if not isinstance(state, Mapping) or set(state) != {"settings", "operands"}:
+        return state
+    operands = state["operands"]
+    if isinstance(operands, Mapping):
+        operands = {
+            name: {"saturation": 0.0, **each} if isinstance(each, Mapping) else each for name, each in operands.items()
+        }
+    return {"settings": dict.fromkeys(OPERANDS, state["settings"]), "operands": operands, "drawn_weight": None}

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config import QuantizeConfig
+from ..config import OperandConfigs, QuantizeConfig
 from ..nn import convert, convertible_modules
 from ..nn.half import HALF_TYPES, use_half
+from ..rules import Rule, RuleBook
 
 
 class Strategy:
@@ -81,20 +82,31 @@ class Strategy:
         return "dynamic" if activations == torch.float16 else 1.0
 
     @classmethod
-    def check(cls, model: nn.Module, exclude: Sequence[str]) -> list[str]:
-        """Returns the names of the modules that ``apply`` would convert; raises where it would, and changes nothing."""
-        return list(convertible_modules(model, exclude)) if cls.quantizes else []
+    def check(cls, model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule]) -> dict[str, OperandConfigs]:
+        """Returns the settings of the operands of each module that ``apply`` would convert, by its name.
+
+        Raises where ``apply`` would, and changes nothing.
+        """
+        if not cls.quantizes:
+            if any(not rule.leave_out for rule in rules):
+                raise ValueError(
+                    f"opt_level {cls.name!r} keeps every product in float32, so a rule with settings would have no "
+                    "effect: take 'O1', or leave it away"
+                )
+            return {}
+        book = RuleBook(model, rules)
+        return {fqn: book.configure(module, config) for fqn, module in convertible_modules(model, rules).items()}
 
     @classmethod
     def apply(
         cls,
         model: nn.Module,
         config: QuantizeConfig,
-        exclude: Sequence[str],
+        rules: Sequence[Rule] = (),
         activations: torch.dtype = torch.float32,
     ) -> None:
         """Prepares the model in place, checking everything before it changes anything."""
         if cls.quantizes:
-            convert(model, config, exclude)
+            convert(model, config, rules)
             if activations != torch.float32:
                 use_half(model, activations)

@@ -8,6 +8,7 @@ import cnmix
 from cnmix import QuantizeConfig, checkpoint
 from cnmix.inference import freeze, prepare
 from cnmix.nn import convert, quantized_modules
+from cnmix.rules import leave_out
 
 
 class Net(nn.Module):
@@ -39,7 +40,7 @@ def images(seed, n=4, scale=1.0):
 
 
 def train(model, inputs=None, exclude=(), steps=3, **settings):
-    convert(model, QuantizeConfig(**settings), exclude)
+    convert(model, QuantizeConfig(**settings), leave_out(exclude))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(steps):
         optimizer.zero_grad()
@@ -158,7 +159,7 @@ def test_excluded_module_of_another_dtype_stays_float():
         return model
 
     model = make()
-    convert(model, QuantizeConfig(), ["1"])
+    convert(model, QuantizeConfig(), leave_out(["1"]))
     model[0](torch.ones(2, 4)).sum().backward()
     prepared = prepare(make(), saved(model))
     assert [fqn for fqn, _ in quantized_modules(prepared)] == ["0"]

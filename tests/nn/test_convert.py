@@ -7,6 +7,7 @@ from torch import nn
 
 from cnmix import QuantizeConfig
 from cnmix.nn import QuantizedConv2d, QuantizedLinear, convert, convertible_modules, quantized_modules
+from cnmix.rules import leave_out
 
 CONFIG = QuantizeConfig()
 
@@ -99,7 +100,7 @@ def test_convertible_modules_changes_nothing():
 )
 def test_exclude(exclude, left):
     model = Net()
-    assert convert(model, CONFIG, exclude) == left
+    assert convert(model, CONFIG, leave_out(exclude)) == left
     assert [fqn for fqn, _ in quantized_modules(model)] == left
     assert model(images()).shape == (2, 3)
 
@@ -119,13 +120,13 @@ def test_unknown_exclude_names_the_nearest(wrong, message):
     model = Net()
     before = kinds(model)
     with pytest.raises(ValueError, match=message):
-        convert(model, CONFIG, ["stem", wrong])
+        convert(model, CONFIG, leave_out(["stem", wrong]))
     assert kinds(model) == before
 
 
 def test_exclude_takes_no_single_string():
     with pytest.raises(TypeError, match=r"'head': write \['head'\]"):
-        convert(Net(), CONFIG, "head")
+        convert(Net(), CONFIG, leave_out("head"))
 
 
 @pytest.mark.parametrize(("make", "kind"), [(lambda: nn.Linear(4, 3), QuantizedLinear)])
@@ -170,14 +171,14 @@ def test_a_weight_shared_with_a_float_module_is_refused():
         convert(model, CONFIG)
     assert kinds(model) == before
     assert not hasattr(model.body, "quantizers")
-    assert convert(model, CONFIG, ["head"]) == ["body"]
+    assert convert(model, CONFIG, leave_out(["head"])) == ["body"]
 
 
 def test_a_weight_shared_with_an_excluded_module_is_refused():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     with pytest.raises(ValueError, match=r"'b' shares a parameter with 'a' \(Linear\)"):
-        convert(model, CONFIG, ["a"])
+        convert(model, CONFIG, leave_out(["a"]))
     assert not any(quantized_modules(model))
     assert convert(model, CONFIG) == ["a", "b"]
 
@@ -193,7 +194,7 @@ def test_a_module_used_twice_is_converted_once():
 def test_a_module_used_twice_is_excluded_by_either_name():
     linear = nn.Linear(4, 4)
     model = nn.ModuleDict({"encoder": linear, "decoder": linear})
-    assert convert(model, CONFIG, ["decoder"]) == []
+    assert convert(model, CONFIG, leave_out(["decoder"])) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -204,7 +205,7 @@ def test_weights_other_than_float32_are_refused(dtype):
     with pytest.raises(ValueError, match=f"'head' has dtype {dtype}"):
         convert(model, CONFIG)
     assert kinds(model) == before
-    assert convert(model, CONFIG, ["head"]) == ALL[:3]
+    assert convert(model, CONFIG, leave_out(["head"])) == ALL[:3]
 
 
 @pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(3), lambda: nn.LazyConv2d(2, 3)])
@@ -215,7 +216,7 @@ def test_lazy_modules_are_refused(lazy):
     with pytest.raises(ValueError, match=f"'1' is a {type(model[1]).__name__} without weights yet"):
         convert(model, CONFIG)
     assert kinds(model) == before
-    assert convert(model, CONFIG, ["1"]) == ["0"]
+    assert convert(model, CONFIG, leave_out(["1"])) == ["0"]
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")

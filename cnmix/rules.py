@@ -1,0 +1,212 @@
+"""Choice by module: which modules compute in fixed point, and with which settings for which operand."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import OPERANDS, QuantizeConfig, check_names
+
+# A Linear or convolution that multiplies by fewer weights than this (per group) gains nothing from integers: quantizing
+# and calling take longer than its float32 product. Measured: see docs/choices.md.
+SMALL_WEIGHTS = 128 * 128
+
+TOO_SMALL = "too small to gain"
+
+# Of the settings, these belong to a product, and so to all of its operands.
+_OF_PRODUCTS = ("exact_int31", "steps_per_epoch")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for some modules of a model; a later rule goes over an earlier one.
+
+    ``cnmix.initialize`` and recipes take rules as mappings of the same names, with the settings beside them:
+    ``{"modules": "encoder.*", "operands": "grad_output", "rounding": "stochastic"}``.
+
+    Attributes:
+        modules: patterns of fully qualified names, of which one must match; a name covers all below it. Empty: any.
+        types: names of classes, or classes, of which the module or one that it is in must be one. Empty: any.
+        small: only modules whose weights, per group, are fewer than ``SMALL_WEIGHTS``: too small to gain.
+        operands: the operands that the settings are for. Empty: all three.
+        leave_out: leave the modules in float32.
+        settings: fields of ``cnmix.QuantizeConfig``; ``width`` sets ``bitwidth`` and ``max_bitwidth`` to one value.
+    """
+
+    modules: tuple[str, ...] = ()
+    types: tuple[str | type, ...] = ()
+    small: bool = False
+    operands: tuple[str, ...] = ()
+    leave_out: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("modules", "types", "operands"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, (list, tuple)) else (value,))
+        for name in ("small", "leave_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"a rule's {name} must be True or False, got {getattr(self, name)!r}")
+        for pattern in self.modules:
+            if not isinstance(pattern, str):
+                raise TypeError(f"a rule's modules are fully qualified names or patterns of them, got {pattern!r}")
+        for kind in self.types:
+            if not isinstance(kind, (str, type)):
+                raise TypeError(f"a rule's types are classes or names of classes, got {kind!r}")
+        check_names(self.operands, OPERANDS, "operand in a rule:")
+        settings = dict(self.settings)
+        if "width" in settings:
+            both = {"bitwidth", "max_bitwidth"} & set(settings)
+            if both:
+                raise ValueError(f"a rule's width sets both bitwidth and max_bitwidth: leave {' and '.join(both)} away")
+            settings["bitwidth"] = settings["max_bitwidth"] = settings.pop("width")
+        known = [each.name for each in dataclasses.fields(QuantizeConfig)]
+        check_names(settings, known, "setting in a rule:")
+        object.__setattr__(self, "settings", settings)
+        if self.leave_out and (settings or self.operands):
+            raise ValueError(
+                "a rule that leaves modules out has no settings and no operands: a product is of integers or of "
+                "floats, and all three operands stay float32"
+            )
+        if not self.leave_out and not settings:
+            raise ValueError(f"{_show(self)} says neither leave_out nor a setting: give one")
+        for name in _OF_PRODUCTS:
+            if name in settings and self.operands:
+                raise ValueError(f"{name} is of a whole module: give it in a rule without operands")
+
+    def under(self, prefix: str) -> Rule:
+        """Returns the rule for a model that holds this one's under ``prefix``, such as ``"model."``."""
+        return dataclasses.replace(self, modules=tuple(f"{prefix}{pattern}" for pattern in self.modules))
+
+
+def parse_rules(rules: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """Builds rules from mappings.
+
+    Raises:
+        TypeError: if ``rules`` is no list of mappings or rules.
+        ValueError: for an unknown name (with the nearest known one) or a rule that makes no sense.
+    """
+    if isinstance(rules, (str, Mapping, Rule)) or not isinstance(rules, Iterable):
+        raise TypeError(f"rules must be a list of mappings, got {rules!r}: write [{rules!r}]")
+    parsed = []
+    selectors = [each.name for each in dataclasses.fields(Rule) if each.name != "settings"]
+    for rule in rules:
+        if isinstance(rule, Mapping):
+            names = [*selectors, "width", *(each.name for each in dataclasses.fields(QuantizeConfig))]
+            check_names(rule, names, "name in a rule:")
+            chosen = {name: rule[name] for name in selectors if name in rule}
+            settings = {name: value for name, value in rule.items() if name not in selectors}
+            rule = Rule(**chosen, settings=settings)
+        if not isinstance(rule, Rule):
+            raise TypeError(f"a rule is a mapping, as {{'modules': 'head', 'leave_out': True}}, got {rule!r}")
+        parsed.append(rule)
+    return tuple(parsed)
+
+
+def leave_out(names: Sequence[str]) -> tuple[Rule, ...]:
+    """Returns the rules that leave modules of these names in float32.
+
+    Raises:
+        TypeError: for a string where a list of names is meant.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"exclude must be a list of module names, got the string {names!r}: write [{names!r}]")
+    return tuple(Rule(modules=(name,), leave_out=True) for name in names)
+
+
+class RuleBook:
+    """The rules for one model.
+
+    Args:
+        model: whose modules are chosen from; nothing is changed.
+        rules: in the order in which they apply.
+    """
+
+    def __init__(self, model: nn.Module, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
+        self._names: dict[int, list[str]] = {}
+        self._classes: dict[str, tuple[type, ...]] = {}
+        # A module that is registered under several names can be chosen by any of them.
+        for fqn, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(id(module), []).append(fqn)
+            self._classes[fqn] = type(module).__mro__
+
+    def check(self) -> None:
+        """Raises ValueError, with the nearest name, for a pattern or class that no module has."""
+        present = {each for classes in self._classes.values() for each in classes}
+        names = {each.__name__ for each in present}
+        for rule in self.rules:
+            for pattern in rule.modules:
+                if not any(_matches(fqn, pattern) for fqn in self._classes):
+                    near = difflib.get_close_matches(pattern, self._classes, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else "see the names in model.named_modules()"
+                    raise ValueError(f"{_show(rule)}: no module is called {pattern!r}: {hint}")
+            for kind in rule.types:
+                if kind not in names and kind not in present:
+                    name = kind if isinstance(kind, str) else kind.__name__
+                    near = difflib.get_close_matches(name, sorted(names), n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
+                    raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
+
+    def why_left_out(self, module: nn.Module) -> str:
+        """Returns why the module stays float32, or "" where it does not."""
+        holding = [rule for rule in self.rules if rule.leave_out and self._holds(rule, module)]
+        if not holding:
+            return ""
+        return TOO_SMALL if all(rule.small for rule in holding) else "left out"
+
+    def configure(self, module: nn.Module, config: QuantizeConfig) -> dict[str, QuantizeConfig]:
+        """Returns the settings of each operand of the module: ``config``, changed by the rules that hold for it.
+
+        Raises:
+            ValueError: if they contradict each other, naming the module.
+        """
+        changes: dict[str, dict[str, Any]] = {operand: {} for operand in OPERANDS}
+        for rule in self.rules:
+            if not rule.leave_out and self._holds(rule, module):
+                for operand in rule.operands or OPERANDS:
+                    changes[operand].update(rule.settings)
+        try:
+            return {operand: config.replace(**changes[operand]) for operand in OPERANDS}
+        except ValueError as error:
+            fqn = self._names[id(module)][0] or type(module).__name__
+            raise ValueError(f"the rules for {fqn!r}: {error}") from error
+
+    def _holds(self, rule: Rule, module: nn.Module) -> bool:
+        if rule.small and not _is_small(module):
+            return False
+        return any(
+            (not rule.modules or any(_matches(fqn, pattern) for pattern in rule.modules))
+            and (not rule.types or self._within(fqn, rule.types))
+            for fqn in self._names[id(module)]
+        )
+
+    def _within(self, fqn: str, types: tuple[str | type, ...]) -> bool:
+        parts = fqn.split(".") if fqn else []
+        above = [".".join(parts[:count]) for count in range(len(parts) + 1)]
+        classes = {each for name in above for each in self._classes.get(name, ())}
+        return any(kind in classes or kind in {each.__name__ for each in classes} for kind in types)
+
+
+def _is_small(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    return math.prod(weight.shape) // getattr(module, "groups", 1) < SMALL_WEIGHTS
+
+
+def _show(rule: Rule) -> str:
+    parts = {each.name: getattr(rule, each.name) for each in dataclasses.fields(rule) if each.name != "settings"}
+    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in parts.items() if value}
+    return f"rule { ({**shown, **rule.settings}) }"
+
+
+def _matches(fqn: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
