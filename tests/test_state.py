@@ -235,10 +235,9 @@ def test_one_scale_for_each_loss(net, batch, caplog):
     sgd = torch.optim.SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="num_losses must be a whole number"):
         cnmix.initialize(other, sgd, num_losses=0)
+    registry_clear()
     cnmix.load_state_dict({**state, "models": []})
     with pytest.raises(ValueError, match="3 losses of an optimizer are saved, and num_losses is 2"):
-        registry_clear()
-        cnmix.load_state_dict({**state, "models": []})
         cnmix.initialize(other, sgd, num_losses=2, loss_scale="dynamic")
 
 

@@ -101,7 +101,7 @@ class ModuleQuantizers:
 
     @property
     def config(self) -> QuantizeConfig:
-        """The settings of the input, and of the module; assignment gives them to all operands, which keep their state."""
+        """The settings of the input, and of the module; assignment gives them to all operands, keeping their state."""
         return self.input.config
 
     @config.setter
