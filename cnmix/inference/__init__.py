@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..checkpoint import check, load
 from ..config import QuantizeConfig
@@ -45,7 +46,9 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
         raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
     saved = state["models"][0]["modules"]
     stays_float = [
-        fqn for fqn, module in model.named_modules() if type(module) in QUANTIZED_CLASSES and fqn not in saved
+        fqn
+        for fqn, module in model.named_modules()
+        if type_before_parametrizations(module) in QUANTIZED_CLASSES and fqn not in saved
     ]
     rules = leave_out(stays_float)
     present = {*convertible_modules(model, rules), *(fqn for fqn, _ in quantized_modules(model))}

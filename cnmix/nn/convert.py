@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
 
 from ..config import QuantizeConfig
 from ..rules import Rule, RuleBook
@@ -19,7 +20,8 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     """Makes every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the model compute in fixed point, in place.
 
     Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
-    are left as they are. Everything is checked before anything is changed.
+    are left as they are. A parametrized module (weight norm, spectral norm) quantizes the weight that its
+    parametrization computes. Everything is checked before anything is changed.
 
     Args:
         model: the model; may itself be one of those modules.
@@ -36,10 +38,10 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     book = RuleBook(model, rules)
     configs = {fqn: book.configure(module, config) for fqn, module in chosen.items()}
     for fqn, module in chosen.items():
-        converted = QUANTIZED_CLASSES[type(module)]
+        converted = QUANTIZED_CLASSES[type_before_parametrizations(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         module.__dict__["quantizers"] = ModuleQuantizers(configs[fqn], converted.product, fqn or type(module).__name__)
-        module.__class__ = converted
+        _set_class(module, converted)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
         if isinstance(module, nn.TransformerEncoderLayer) and any(quantized_modules(module)):
@@ -56,7 +58,7 @@ def revert(model: nn.Module) -> list[str]:
     found = dict(quantized_modules(model))
     plain_classes: dict[type[nn.Module], type[nn.Module]] = {ours: plain for plain, ours in QUANTIZED_CLASSES.items()}
     for module in found.values():
-        module.__class__ = plain_classes[type(module)]  # type: ignore[assignment]
+        _set_class(module, plain_classes[type_before_parametrizations(module)])
         del module.__dict__["quantizers"]
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -78,7 +80,7 @@ def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[st
     chosen = {
         fqn: module
         for fqn, module in model.named_modules()
-        if (type(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin)) and not book.why_left_out(module)
+        if is_convertible(module) and not book.why_left_out(module)
     }
     _check_weights(chosen)
     _check_shared_weights(model, {id(module) for module in chosen.values()})
@@ -92,25 +94,49 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
             yield fqn, module
 
 
+def is_convertible(module: nn.Module) -> bool:
+    """Whether the class of the module, parametrized or not, has a counterpart in fixed point."""
+    return type_before_parametrizations(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin)
+
+
+def _set_class(module: nn.Module, chosen: type[nn.Module]) -> None:
+    """Assigns a class; a parametrized module gets one with its properties over it, as torch had made it."""
+    if is_parametrized(module):
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        chosen = type(f"Parametrized{chosen.__name__}", (chosen,), own)
+    module.__class__ = chosen
+
+
 def _check_weights(chosen: dict[str, nn.Module]) -> None:
     for fqn, module in chosen.items():
         if isinstance(module, LazyModuleMixin):
             raise ValueError(f"{fqn!r} is a {type(module).__name__} without weights yet: run one forward pass first")
-        weight = module.weight
-        if not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
+        dtype = _weight_dtype(module)
+        if dtype != torch.float32:
             raise ValueError(
-                f"the weight of {fqn!r} has dtype {getattr(weight, 'dtype', None)}, and this level trains float32 "
+                f"the weight of {fqn!r} has dtype {dtype}, and this level trains float32 "
                 "parameters: call model.float() first, or leave the module out with exclude=[...]"
             )
+
+
+def _weight_dtype(module: nn.Module) -> torch.dtype | None:
+    if is_parametrized(module, "weight"):  # reading the weight would compute it, which moves spectral norm's buffers
+        behind = module.parametrizations["weight"]._parameters.values()  # type: ignore[index, union-attr]
+        dtypes = {each.dtype for each in behind if each is not None and each.is_floating_point()}
+        return next(iter(dtypes - {torch.float32}), torch.float32)
+    return getattr(module.weight, "dtype", None)
 
 
 def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:
     """Refuses a weight that a converted and a float module share: the two would compute with different values."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((fqn, module))
+        if isinstance(module, ParametrizationList):
+            continue
+        for part in (module, *(module.parametrizations.values() if is_parametrized(module) else ())):
+            for parameter in part._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append((fqn, module))
     for sharing in owners.values():
         fixed = [fqn for fqn, module in sharing if id(module) in converted or isinstance(module, QuantizedModule)]
         floating = [

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import QuantizedModule
 
@@ -92,12 +93,17 @@ def use_half(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: bfloat16 or float16.
     """
     use_float32(model)
+    # What computes a parametrized weight is float32 throughout.
+    parametrized = [module.parametrizations for module in model.modules() if is_parametrized(module)]
+    parametrizations = {part for each in parametrized for part in each.modules()}  # type: ignore[union-attr]
     for module in model.modules():
+        if module in parametrizations:
+            continue
         if isinstance(module, QuantizedModule):
             module.quantizers.output_dtype = dtype
         elif isinstance(module, _LOOKUPS):
             module.register_forward_hook(CastOutput(dtype))
-        elif module._parameters and not isinstance(module, _MIXED):
+        elif _has_parameters(module) and not isinstance(module, _MIXED):
             module.register_forward_pre_hook(CastInputs(torch.float32), with_kwargs=True)
             if module is not model:
                 module.register_forward_hook(CastOutput(dtype))
@@ -108,7 +114,7 @@ def frame(module: nn.Module, dtype: torch.dtype) -> None:
     """Casts floating inputs to ``dtype`` where the module is a model in itself, and outputs to float32, for a loss."""
     if any(isinstance(h, CastOutput) and h.dtype == torch.float32 for h in module._forward_hooks.values()):
         return
-    if not module._parameters and len(list(module.children())) > 0:
+    if not _has_parameters(module) and len(list(module.children())) > 0:
         module.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
     module.register_forward_hook(CastOutput(torch.float32))
 
@@ -119,6 +125,11 @@ def use_float32(model: nn.Module) -> None:
         if isinstance(module, QuantizedModule):
             module.quantizers.output_dtype = None
         _remove_hooks(module, lambda hook: isinstance(hook, (CastInputs, CastOutput)))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether it holds parameters itself, parametrized ones included."""
+    return bool(module._parameters) or is_parametrized(module)
 
 
 def _remove_hooks(module: nn.Module, ours: Callable[[Any], bool]) -> None:

@@ -239,7 +239,6 @@ def test_subclasses_and_other_modules_stay():
         nn.LSTM(4, 4),
         nn.MultiheadAttention(4, 2),
         nn.LayerNorm(4),
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     )
     before = kinds(model)
     assert convert(model, CONFIG) == []
