@@ -49,8 +49,89 @@ class _Product(torch.autograd.Function):
         qx = None if x_values is None else FixedPoint(x_values, *x_format)
         qw = None if weight_values is None else FixedPoint(weight_values, *weight_format)
         gradients = backward_products(grad_output, qx, qw, ctx.needs_input_grad[2], ctx.quantizers, ctx.saved)
-        pairs = zip(gradients, ctx.dtypes, strict=True)
-        return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs), None, None, None
+        return *_cast(gradients, ctx.dtypes), None, None, None
+
+
+class _TransformedProduct(torch.autograd.Function):
+    """The same under a transform of ``torch.func``, which wants forward and context apart; that takes longer."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        quantizers: ModuleQuantizers,
+        training: bool,
+        geometry: ConvolutionGeometry | None,
+    ) -> tuple[Any, ...]:
+        y, qx, qw, saved = forward_product(x, weight, bias, quantizers, training, geometry)
+        return y, qx.values, qw.values, (qx[1:], qw[1:], saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, x_values, weight_values, ctx.rest = output
+        ctx.mark_non_differentiable(x_values, weight_values)
+        ctx.save_for_backward(x_values, weight_values)
+        ctx.dtypes = tuple(None if each is None else each.dtype for each in inputs[:3])
+        ctx.quantizers = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:3]
+        gradients = _TransformedGradients.apply(
+            grad_output, *ctx.saved_tensors, ctx.rest, needs, ctx.dtypes, ctx.quantizers
+        )
+        return *gradients, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> None:
+        raise _no_vmap(args[3])
+
+
+class _TransformedGradients(torch.autograd.Function):
+    """Its backward pass, as a function of its own: a transform hands integers on to a function only."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        x_values: Tensor,
+        weight_values: Tensor,
+        rest: tuple[Any, ...],
+        needs: tuple[bool, ...],
+        dtypes: tuple[torch.dtype | None, ...],
+        quantizers: ModuleQuantizers,
+    ) -> tuple[Tensor | None, ...]:
+        x_format, weight_format, saved = rest
+        qx = FixedPoint(x_values, *x_format) if needs[1] else None
+        qw = FixedPoint(weight_values, *weight_format) if needs[0] else None
+        gradients = backward_products(grad_output, qx, qw, needs[2], quantizers, saved)
+        return _cast(gradients, dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.quantizers = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{ctx.quantizers.fqn!r} computes in fixed point, which has no second derivatives")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> None:
+        raise _no_vmap(args[-1])
+
+
+def _no_vmap(quantizers: ModuleQuantizers) -> RuntimeError:
+    return RuntimeError(
+        f"{quantizers.fqn!r} computes in fixed point, which torch.func.vmap (and with it jacrev and hessian) cannot "
+        "batch: call it in a loop, or on a copy that cnmix.dequantize has made float again"
+    )
+
+
+def _cast(gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gives each gradient the dtype of what it is the gradient of."""
+    return tuple(
+        None if gradient is None else gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)
+    )
 
 
 def multiply(
@@ -76,4 +157,6 @@ def multiply(
     """
     if torch.compiler.is_compiling():
         return traced_product(x, weight, bias, quantizers, training, geometry)
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedProduct.apply(x, weight, bias, quantizers, training, geometry)[0]
     return _Product.apply(x, weight, bias, quantizers, training, geometry)
