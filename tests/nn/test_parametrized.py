@@ -281,3 +281,17 @@ def test_compiled():
     assert same(model, expected)
     assert states(model) == states(expected)
     torch._dynamo.reset()
+
+
+def test_summary_says_why_and_moves_no_buffers():
+    model = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(4, 4)), parametrizations.weight_norm(nn.Linear(4, 4))
+    )
+    before = copy.deepcopy(model.state_dict())
+    cnmix.initialize(model, None, exclude=["1"])
+    rows = cnmix.summary(model, torch.ones(2, 4)).rows
+    assert [(row.kind, row.reason, row.weight, row.macs) for row in rows] == [
+        ("Linear", "", (4, 4), 32),
+        ("Linear", "left out", (4, 4), 32),
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
