@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import OperandConfigs, Product, QuantizeConfig
 from .nn import QUANTIZED_CLASSES, quantized_modules
-from .nn.convert import revert
+from .nn.convert import is_convertible, name_modules, revert
 from .nn.quantizers import check_widths
 from .optim import LossScaler, attach_scalers, check_scalers, gradients_of, scalers_of
 from .registry import Setup, registry, unwrap
@@ -114,6 +114,8 @@ def initialize(
     for target, all_rules in to_convert.items():
         level.apply(target, config, all_rules, activations)
         _report_small(target, own_rules)
+    for model in model_list:
+        name_modules(unwrap(model))
     for target in places:
         registry.models[target] = setup
         waiting = registry.waiting_models.pop(places[target], None)
@@ -251,7 +253,7 @@ def _check_waiting(model: nn.Module, configs: Mapping[str, OperandConfigs], wait
 
 def _core_rules(model: nn.Module, explicit: set[str]) -> list[Rule]:
     """Returns what ``cnmix.core`` was told, as rules for this model."""
-    rules, present = [], {type(module) for module in model.modules()}
+    rules, present = [], {each for module in model.modules() for each in type(module).__mro__}
     for product, settings in registry.settings.items():
         changes = {name: value for name, value in settings.items() if name not in explicit}
         types = tuple(
@@ -265,7 +267,7 @@ def _core_rules(model: nn.Module, explicit: set[str]) -> list[Rule]:
 def _report_small(model: nn.Module, rules: Sequence[Rule]) -> None:
     """Says which modules a rule left out for their size."""
     book = RuleBook(model, rules)
-    candidates = ((fqn, module) for fqn, module in model.named_modules() if type(module) in QUANTIZED_CLASSES)
+    candidates = ((fqn, module) for fqn, module in model.named_modules() if is_convertible(module))
     small = {fqn for fqn, module in candidates if book.why_left_out(module) == TOO_SMALL}
     if small:
         logger.warning("%s, left in float32: %s", TOO_SMALL, some(small, limit=20))

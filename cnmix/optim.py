@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -60,9 +61,10 @@ class LossScaler:
             torch._foreach_mul_(gradients, 1.0 / self.scale)
         if self.dynamic and look_for_overflow:
             self.pending = True
-            # One non-finite element makes the sum of the norms non-finite.
+            # One non-finite element makes the sum of the norms non-finite; so does the square of a very large one.
             total = torch.stack([norm.double() for norm in torch._foreach_norm(gradients)]).sum()
-            self.overflow |= not math.isfinite(total.item())
+            if not math.isfinite(total.item()):
+                self.overflow |= not all(bool(gradient.isfinite().all()) for gradient in gradients)
 
     def adjust(self) -> None:
         """Ends an optimizer step: adapts a dynamic scale to what this loss's gradients were."""
@@ -120,7 +122,7 @@ def attach_scalers(optimizer: Any, scalers: list[LossScaler]) -> None:
     """Keeps the scalers of its losses with the optimizer; with a dynamic scale its ``step`` skips after an overflow.
 
     A skipped step leaves parameters and optimizer state alone. Where ``step`` is given a closure (LBFGS), which scales
-    its loss inside, an overflow in it evaluates it again with a smaller scale.
+    its loss inside, an overflow in it evaluates it again with a smaller scale, and each evaluation counts as a step.
 
     ``step`` is replaced on the instance, as a bound method, so that schedulers and wrappers find what they expect.
     """
@@ -131,37 +133,60 @@ def attach_scalers(optimizer: Any, scalers: list[LossScaler]) -> None:
 
     @functools.wraps(original)
     def step(self: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if _adjust(scalers, "step skipped"):
-            self._opt_called = True  # what a scheduler looks for; a skipped step is no mistake in the script
-            return None
-        if closure is None:
+        overflow = adjust_all(scalers)
+        if closure is None and not overflow:
             return original(*args, **kwargs)
-        result = original(functools.partial(_evaluate, closure, scalers), *args, **kwargs)
-        _adjust(scalers, "the gradients are not finite at any scale")
-        return result
+        if not overflow:
+            with contextlib.suppress(_NeverFinite):
+                return original(_Evaluation(closure, scalers), *args, **kwargs)
+        scales = ", ".join(f"{scaler.scale:g}" for scaler in scalers)
+        logger.warning("gradient overflow: step skipped, loss scale now %s", scales)
+        self._opt_called = True  # what a scheduler looks for; a skipped step is no mistake in the script
+        return None
 
     optimizer.step = types.MethodType(step, optimizer)
 
 
-def _adjust(scalers: Sequence[LossScaler], consequence: str) -> bool:
-    """Adapts the scales to the gradients since the last step; returns whether some had overflowed, and says so."""
-    overflow = [scaler.overflow for scaler in scalers]
+def adjust_all(scalers: Sequence[LossScaler]) -> bool:
+    """Adapts the scales of an optimizer's losses; returns whether one had overflowed since the last step."""
+    overflow = any(scaler.overflow for scaler in scalers)
     for scaler in scalers:
         scaler.adjust()
-    if any(overflow):
-        scales = ", ".join(f"{scaler.scale:g}" for scaler in scalers)
-        logger.warning("gradient overflow: %s, loss scale now %s", consequence, scales)
-    return any(overflow)
+    return overflow
 
 
-def _evaluate(closure: Callable[[], Any], scalers: Sequence[LossScaler]) -> Any:
-    """Calls an optimizer's closure until its gradients are finite, or no smaller scale can make them so."""
-    while True:
-        loss = closure()
-        overflowed = [scaler for scaler in scalers if scaler.overflow]
-        if all(scaler.scale <= _SMALLEST_SCALE for scaler in overflowed):
-            return loss
-        _adjust(scalers, "the closure is evaluated again")
+class _NeverFinite(Exception):
+    """The gradients of a closure are not finite at any scale."""
+
+
+class _Evaluation:
+    """An optimizer's closure, evaluated until its gradients are finite or no smaller scale can make them so.
+
+    If they never are, the first evaluation of a step raises ``_NeverFinite``, as the optimizer has changed nothing yet;
+    a later one returns what it found, as it does without a loss scale.
+    """
+
+    def __init__(self, closure: Callable[[], Any], scalers: Sequence[LossScaler]) -> None:
+        self.closure = closure
+        self.scalers = scalers
+        self.first = True
+
+    def __call__(self) -> Any:
+        repeated = False
+        while True:
+            loss = self.closure()
+            hopeless = all(scaler.scale <= _SMALLEST_SCALE for scaler in self.scalers if scaler.overflow)
+            overflow = adjust_all(self.scalers)
+            if not overflow or hopeless:
+                break
+            repeated = True
+        if overflow and self.first:
+            raise _NeverFinite
+        self.first = False
+        if repeated:
+            scales = ", ".join(f"{scaler.scale:g}" for scaler in self.scalers)
+            logger.warning("gradient overflow: closure evaluated again, loss scale now %s", scales)
+        return loss
 
 
 def scalers_of(optimizer: Any) -> list[LossScaler]:

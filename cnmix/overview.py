@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .nn import quantized_modules
+from .nn.convert import is_convertible
 from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
 from .registry import registry, unwrap
 from .rules import RuleBook
@@ -103,12 +105,13 @@ def summary(model: nn.Module, *example: Any) -> Summary:
             rows.append(SummaryRow(fqn, kind, shape, (bits[0], bits[1], bits[2]), macs.get(fqn), ""))
         elif not fqn.startswith(inside):
             reason = _reason(module, left_out(module)) if converted else "the model is not converted"
-            rows.append(SummaryRow(fqn, type(module).__name__, shape, None, macs.get(fqn), reason))
+            kind = type_before_parametrizations(module).__name__
+            rows.append(SummaryRow(fqn, kind, shape, None, macs.get(fqn), reason))
     return Summary(tuple(rows))
 
 
 def _reason(module: nn.Module, left_out: str) -> str:
-    if type(module) in QUANTIZED_CLASSES:
+    if is_convertible(module):
         return left_out or "came after initialize: call it again"
     if isinstance(module, tuple(QUANTIZED_CLASSES)):
         return f"a subclass of {type(module).__mro__[1].__name__}: only the class itself is converted"

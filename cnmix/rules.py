@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .config import OPERANDS, QuantizeConfig, check_names
 
@@ -196,10 +196,13 @@ class RuleBook:
 
 
 def _is_small(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return False
-    return math.prod(weight.shape) // getattr(module, "groups", 1) < SMALL_WEIGHTS
+    # Not from the weight: a parametrization would compute it.
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features < SMALL_WEIGHTS
+    if isinstance(module, nn.modules.conv._ConvNd):
+        per_group = module.in_channels * module.out_channels // module.groups**2
+        return per_group * math.prod(module.kernel_size) < SMALL_WEIGHTS
+    return False
 
 
 def _show(rule: Rule) -> str:

@@ -200,6 +200,7 @@ def test_activation_checkpointing(step, same_weights, way, schedule):
     assert same_weights(plain, checkpointed)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the evaluation, reentrant
 @pytest.mark.parametrize("way", ["not reentrant", "reentrant"])
 def test_activation_checkpointing_with_accumulation_and_evaluation_in_between(backward, batch, same_weights, way):
     models = []

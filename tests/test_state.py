@@ -276,7 +276,7 @@ def test_a_closure_with_an_overflow_is_evaluated_again(net, batch, caplog):
         caplog.clear()
         assert all(torch.isfinite(optimizer.step(closure)) for _ in range(2))
         weights.append([p.detach().clone() for p in model.parameters()])
-    assert caplog.text.count("the closure is evaluated again") >= 8
+    assert caplog.text.count("closure evaluated again") == 1
     assert cnmix.state_dict()["loss_scalers"][-1][0]["scale"] < 2.0**8
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
@@ -290,5 +290,8 @@ def test_a_closure_whose_gradients_are_never_finite_ends(net, caplog):
         with cnmix.scale_loss(model.fc1.weight.sum() * float("nan"), optimizer) as scaled:
             scaled.backward()
 
-    optimizer.step(closure)
-    assert "not finite at any scale" in caplog.text
+    before = model.fc1.weight.detach().clone()
+    assert optimizer.step(closure) is None
+    assert torch.equal(model.fc1.weight, before)
+    assert caplog.text.count("gradient overflow") == 1
+    assert "step skipped, loss scale now 5.96046e-08" in caplog.text

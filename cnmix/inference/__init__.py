@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..checkpoint import check, load
 from ..config import QuantizeConfig
-from ..nn import QUANTIZED_CLASSES, convert, convertible_modules, quantized_modules
+from ..nn import convert, convertible_modules, quantized_modules
+from ..nn.convert import is_convertible
 from ..nn.quantizers import check_trained
 from ..rules import leave_out
 from ..state import check_names_fit, load_state_dict
@@ -45,11 +45,7 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
     if len(state["models"]) != 1:
         raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
     saved = state["models"][0]["modules"]
-    stays_float = [
-        fqn
-        for fqn, module in model.named_modules()
-        if type_before_parametrizations(module) in QUANTIZED_CLASSES and fqn not in saved
-    ]
+    stays_float = [fqn for fqn, module in model.named_modules() if is_convertible(module) and fqn not in saved]
     rules = leave_out(stays_float)
     present = {*convertible_modules(model, rules), *(fqn for fqn, _ in quantized_modules(model))}
     check_names_fit(type(model).__name__, present, state["models"][0])

@@ -49,6 +49,12 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     return list(chosen)
 
 
+def name_modules(model: nn.Module) -> None:
+    """Tells converted modules their present names, which messages use."""
+    for fqn, module in quantized_modules(model):
+        module.quantizers.fqn = fqn or type_before_parametrizations(module).__name__.removeprefix("Quantized")
+
+
 def revert(model: nn.Module) -> list[str]:
     """Makes the converted modules plain ones again, in place; returns their names.
 
@@ -78,9 +84,7 @@ def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[st
     book = RuleBook(model, rules)
     book.check()
     chosen = {
-        fqn: module
-        for fqn, module in model.named_modules()
-        if is_convertible(module) and not book.why_left_out(module)
+        fqn: module for fqn, module in model.named_modules() if is_convertible(module) and not book.why_left_out(module)
     }
     _check_weights(chosen)
     _check_shared_weights(model, {id(module) for module in chosen.values()})

@@ -71,16 +71,14 @@ class ModuleQuantizers:
 
     def __init__(self, config: QuantizeConfig | OperandConfigs, product: Product, fqn: str) -> None:
         configs = dict.fromkeys(OPERANDS, config) if isinstance(config, QuantizeConfig) else config
-        self.fqn = fqn
         self.product: Product = product
         # The key of stochastic rounding: a seed of the run, and a number per operand that any process finds again.
         run = torch.initial_seed() & 0xFFFFFFFF
         self.input, self.weight, self.grad_output = (
-            OperandQuantizer(
-                configs[operand], product, f"{operand} of {fqn!r}", run << 32 | zlib.crc32(f"{fqn}.{operand}".encode())
-            )
+            OperandQuantizer(configs[operand], product, operand, run << 32 | zlib.crc32(f"{fqn}.{operand}".encode()))
             for operand in OPERANDS
         )
+        self.fqn = fqn
         self._weight_key: tuple[Any, ...] | None = None
         self._weight_checksum: int | None = None
         self._weight_integers: FixedPoint | None = None
@@ -98,6 +96,17 @@ class ModuleQuantizers:
         """Yields (operand name, quantizer)."""
         for name in OPERANDS:
             yield name, getattr(self, name)
+
+    @property
+    def fqn(self) -> str:
+        """Fully qualified name of the module, for messages."""
+        return self._fqn
+
+    @fqn.setter
+    def fqn(self, fqn: str) -> None:
+        self._fqn = fqn
+        for operand, quantizer in self:
+            quantizer.name = f"{operand} of {fqn!r}"
 
     @property
     def config(self) -> QuantizeConfig:
@@ -158,8 +167,9 @@ class ModuleQuantizers:
             return known
         if training and known is None and self._drawn is not None and self._draw_again(weight, key):
             return self.quantize_weight(weight, training)
-        quantized, found = quantizer.measured(weight, training, with_checksum=True)
-        integers = self._weight_layout(quantized)
+        with torch.inference_mode(False):  # or the next training step could not save them
+            quantized, found = quantizer.measured(weight, training, with_checksum=True)
+            integers = self._weight_layout(quantized)
         # Evaluation between micro-batches must not take away the integers that training drew at random.
         if integers.finite and rounding == quantizer.rounding(training=True):
             self._weight_key, self._weight_checksum, self._weight_integers = key, found.checksum, integers
