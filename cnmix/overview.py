@@ -87,9 +87,12 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         fqn: module for fqn, module in model.named_modules() if isinstance(module, _UNCONVERTED)
     }
     macs: dict[str, int] = {}
-    if example:
-        with _counting(chosen, macs), _evaluation(model), torch.no_grad():
-            model(*example)
+    with _evaluation(model), torch.no_grad():  # in training spectral norm would move when its weight is read
+        weights = {fqn: getattr(module, "weight", None) for fqn, module in chosen.items()}
+        shapes = {fqn: tuple(weight.shape) for fqn, weight in weights.items() if isinstance(weight, Tensor)}
+        if example:
+            with _counting(chosen, shapes, macs):
+                model(*example)
     rows = []
     converted = any(quantized_modules(model))
     setup = registry.models.get(unwrap(model))
@@ -97,8 +100,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
     left_out = RuleBook(model, setup.rules).why_left_out if setup else lambda module: "left out"
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
-        weight = getattr(module, "weight", None)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        shape = shapes.get(fqn)
         if isinstance(module, QuantizedModule):
             kind = next(plain.__name__ for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, ours))
             bits = tuple(quantizer.state.bits for _, quantizer in module.quantizers)
@@ -119,23 +121,17 @@ def _reason(module: nn.Module, left_out: str) -> str:
 
 
 @contextmanager
-def _counting(chosen: dict[str, nn.Module], macs: dict[str, int]) -> Iterator[None]:
+def _counting(chosen: dict[str, nn.Module], shapes: dict[str, tuple[int, ...]], macs: dict[str, int]) -> Iterator[None]:
     """Adds up the multiply-accumulates of Linear and convolutions as they are called."""
     hooks = []
-    for fqn, module in chosen.items():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor):
-            continue
-        transposed = getattr(module, "transposed", False)
+    for fqn, shape in shapes.items():
 
-        def count(
-            module: nn.Module, args: Any, output: Any, fqn: str = fqn, w: Tensor = weight, t: bool = transposed
-        ) -> None:
-            counted = args[0] if t else output
+        def count(module: nn.Module, args: Any, output: Any, fqn: str = fqn, each: int = math.prod(shape[1:])) -> None:
+            counted = args[0] if getattr(module, "transposed", False) else output
             if isinstance(counted, Tensor):
-                macs[fqn] = macs.get(fqn, 0) + counted.numel() * math.prod(w.shape[1:])
+                macs[fqn] = macs.get(fqn, 0) + counted.numel() * each
 
-        hooks.append(module.register_forward_hook(count))
+        hooks.append(chosen[fqn].register_forward_hook(count))
     try:
         yield
     finally:
