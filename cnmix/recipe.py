@@ -67,7 +67,8 @@ class Recipe:
     Attributes:
         module: Python file with the network and the data, relative to the recipe.
         model: the network: a class in that file.
-        data: the data: a function in that file that returns two map-style data sets, (train, test), of (input, class).
+        data: the data: a function in that file that returns two map-style data sets, (train, test), of (input, class),
+            or of (input, classes) where the network classifies several positions of an input.
         batch_size: samples in a training step.
         epochs: passes over the training data.
         optimizer: a class of ``torch.optim``.

@@ -43,8 +43,8 @@ class RunResult:
     Attributes:
         level: opt level.
         seed: seed of the weights, the order of the data and dropout.
-        test_accuracy: share of the test data classified correctly at the end, in [0, 1].
-        test_loss: mean cross entropy on the test data at the end; None where it is not finite.
+        test_accuracy: share of the classes of the test data predicted correctly at the end, in [0, 1].
+        test_loss: mean cross entropy of those classes at the end, in nats; None where it is not finite.
         seconds: wall time of training, evaluation after each epoch included.
         folder: where its metrics and checkpoints are.
     """
@@ -61,7 +61,8 @@ class Classification(pl.LightningModule):
     """Trains a classifier with cross entropy.
 
     Args:
-        model: maps a batch of inputs to logits or log-probabilities (N, classes).
+        model: maps a batch of inputs to logits or log-probabilities, (N, classes) for targets (N,), or with further
+            dimensions, such as positions, between the two: (N, ..., classes) for targets (N, ...).
         recipe: optimizer and schedule come from here.
         level: opt level of this run, kept in the checkpoint.
         seed: likewise.
@@ -76,15 +77,16 @@ class Classification(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
-        inputs, classes = batch
-        loss = F.cross_entropy(self.model(inputs), classes)
+        inputs, targets = batch
+        scores, classes = _one_row_each(self.model(inputs), targets)
+        loss = F.cross_entropy(scores, classes)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(classes))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs loss and accuracy on the test data."""
-        inputs, classes = batch
-        scores = self.model(inputs)
+        inputs, targets = batch
+        scores, classes = _one_row_each(self.model(inputs), targets)
         accuracy = (scores.argmax(1) == classes).float().mean()
         values = {"test_loss": F.cross_entropy(scores, classes), "test_accuracy": accuracy}
         self.log_dict(values, prog_bar=True, batch_size=len(classes))
@@ -235,11 +237,11 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset[Any]) -> tuple[float, float]:
-    """Returns the share of the data classified correctly and the mean cross entropy, in evaluation mode."""
+    """Returns the share of the classes predicted correctly and their mean cross entropy, in evaluation mode."""
     model.eval()
     correct, loss, count = 0, 0.0, 0
-    for inputs, classes in _test_loader(data):
-        scores = model(inputs)
+    for inputs, targets in _test_loader(data):
+        scores, classes = _one_row_each(model(inputs), targets)
         correct += int((scores.argmax(1) == classes).sum())
         loss += float(F.cross_entropy(scores, classes, reduction="sum"))
         count += len(classes)
@@ -355,6 +357,16 @@ def _check_weights_fit(model: nn.Module, weights: Mapping[str, Any], file: Path)
     different = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
     if different:
         raise ValueError(f"{file} is of another network than the recipe's: {', '.join(different[:5])} differ")
+
+
+def _one_row_each(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scores (N, ..., classes) as (M, classes), and their classes (N, ...) as (M,)."""
+    if scores.shape[:-1] != classes.shape:
+        raise ValueError(
+            f"the network's output has shape {tuple(scores.shape)} and the classes {tuple(classes.shape)}: return "
+            "logits with the classes in the last dimension, and data with a class for each of the other places"
+        )
+    return scores.flatten(0, -2), classes.flatten()
 
 
 def _test_loader(data: Dataset[Any]) -> DataLoader[Any]:

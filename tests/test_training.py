@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import cnmix
 from cnmix import checkpoint
@@ -16,6 +18,23 @@ from cnmix.training import evaluate, evaluate_checkpoints, operand_rows, run_rec
 DIGITS = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
 SMALL = ["seeds=[0]", "threads=1", "model.args.channels=4", "batch_size=256"]
 
+# Classifies every position of an input; `places` are their dimensions.
+SEVERAL = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(5, 3)
+
+def load(places):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, *places, 5, generator=generator)
+    classes = inputs[..., :3].argmax(-1)
+    return TensorDataset(inputs, classes), TensorDataset(inputs[:30], classes[:30])
+"""
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -24,6 +43,20 @@ def run(tmp_path):
         return run_recipe(recipe, "digits", progress=False, **options)
 
     return start
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(module, *overrides):
+        (tmp_path / "own.py").write_text(module)
+        file = tmp_path / "own.yaml"
+        file.write_text(
+            "{module: own.py, model: {name: Net}, data: {name: load}, batch_size: 8, epochs: 4, threads: 1, "
+            "optimizer: {name: SGD, args: {lr: 0.5}}}"
+        )
+        return load_recipe(file, [f"output={tmp_path}", *overrides])
+
+    return make
 
 
 def test_folder(run, tmp_path):
@@ -78,6 +111,30 @@ def test_compare(run):
     floats = {(result.level, result.seed): result.test_accuracy for result in results}
     for each in evaluations[:2]:
         assert each.float_accuracy == pytest.approx(floats[each.level, each.seed])
+
+
+@pytest.mark.parametrize("places", [[], [4], [2, 3]])
+def test_classes_at_several_positions(write, places):
+    recipe = write(SEVERAL, f"data.args.places={places}")
+    folder, (result,), model = run_recipe(recipe, "own", progress=False)
+    inputs, classes = load_data(recipe)[1].tensors
+    assert inputs.ndim == 2 + len(places)
+    with torch.no_grad():
+        scores = model(inputs)
+    assert result.test_accuracy == pytest.approx((scores.argmax(-1) == classes).double().mean().item())
+    expected = F.cross_entropy(scores.reshape(-1, 3), classes.reshape(-1)).item()
+    assert result.test_loss == pytest.approx(expected, rel=1e-5)
+    with open(folder / "O1-seed0" / "metrics.csv", newline="") as file:
+        last = [row for row in csv.DictReader(file) if row.get("test_loss")][-1]
+    assert float(last["test_loss"]) == pytest.approx(expected, rel=1e-4)
+    assert float(last["test_accuracy"]) == pytest.approx(result.test_accuracy)
+    assert expected < 0.8 < result.test_accuracy  # log(3) is 1.1
+
+
+def test_classes_that_do_not_fit_the_output():
+    data = TensorDataset(torch.zeros(30, 4, 5), torch.zeros(30, 3).long())
+    with pytest.raises(ValueError, match=r"output has shape \(30, 4, 3\) and the classes \(30, 3\)"):
+        evaluate(nn.Linear(5, 3), data)
 
 
 def test_compare_with_excluded_module(run):
