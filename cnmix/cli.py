@@ -43,10 +43,14 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optimizer.args.lr=0.1")] = None,
     compare: Annotated[bool, typer.Option(help="Also train the float32 baseline from the same seeds.")] = False,
+    levels: Annotated[
+        str | None, typer.Option(help="Levels to train at, as O0,O1,O2,O3, in place of the recipe's own.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="A run's last.ckpt to go on from.")] = None,
 ) -> None:
     """Train a recipe; leaves runs/<recipe>/<time>/ with its settings, metrics and checkpoints."""
     from .recipe import load_recipe
+    from .strategies import find_level
     from .training import operand_rows, run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -54,22 +58,25 @@ def train(
         loaded,
         recipe.stem,
         compare=compare,
+        levels=() if levels is None else [name.strip() for name in levels.split(",")],
         resume=resume,
         progress=console.is_terminal,
         report=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
     )
     rows = list(operand_rows(model))
     if rows:
-        table = Table(title=f"Operands after the last {loaded.cnmix.opt_level} run")
-        for heading in ("module", "operand", "width", "position", "interval", "updates", "error (QEM)"):
-            table.add_column(heading, justify="left" if heading in ("module", "operand") else "right")
+        table = Table(title=f"Operands after the last {results[-1].level} run")
+        table.add_column("module", overflow="fold")  # in a narrow terminal a long name is not cut but goes on below
+        table.add_column("operand", no_wrap=True)
+        for heading in ("width", "position", "interval", "updates", "error (QEM)"):
+            table.add_column(heading, justify="right", no_wrap=heading != "error (QEM)")
         for fqn, operand, bits, position, interval, updates, qem in rows:
             values = (f"int{bits}", str(position), str(interval), str(updates), f"{qem:.2e}")
             table.add_row(fqn if operand == "input" else "", operand, *values, end_section=operand == "grad_output")
         console.print(table)
     console.print(_results_table(results))
     lines = [f"Kept in {folder}"]
-    if rows:
+    if any(find_level(result.level).quantizes for result in results):
         lines.append(f"Evaluate with integers: cnmix eval {folder}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -113,25 +120,31 @@ def main() -> None:
 
 
 def _results_table(results: list[RunResult]) -> Table:
+    """Returns a column for each level, and for each seed and their mean a row for each measure."""
     levels = list(dict.fromkeys(result.level for result in results))
+    seeds = list(dict.fromkeys(result.seed for result in results))
     labels = {"O0": "float32 (O0)"}
-    table = Table(title="Accuracy, seconds")
+    table = Table(title="Results on the test data")
     table.add_column("seed", justify="right")
+    table.add_column("")
     for level in levels:
         table.add_column(labels.get(level, level), justify="right")
-    for seed in dict.fromkeys(result.seed for result in results):
-        by_level = {result.level: result for result in results if result.seed == seed}
-        cells = [f"{by_level[level].test_accuracy:.2%}  {by_level[level].seconds:5.1f} s" for level in levels]
-        table.add_row(str(seed), *cells)
-    if len(results) > len(levels):
-        table.add_section()
-        grouped = [[result for result in results if result.level == level] for level in levels]
-        means = [
-            f"{statistics.mean(r.test_accuracy for r in group):.2%}  {statistics.mean(r.seconds for r in group):5.1f} s"
-            for group in grouped
-        ]
-        table.add_row("mean", *means)
+    groups = [(str(seed), [result for result in results if result.seed == seed]) for seed in seeds]
+    if len(seeds) > 1:
+        groups.append(("mean", results))
+    for name, group in groups:
+        columns = [[result for result in group if result.level == level] for level in levels]
+        accuracies = [f"{statistics.mean(each.test_accuracy for each in column):.2%}" for column in columns]
+        seconds = [f"{statistics.mean(each.seconds for each in column):.1f}" for column in columns]
+        table.add_row(name, "accuracy", *accuracies)
+        table.add_row("", "loss", *(_mean_loss(column) for column in columns))
+        table.add_row("", "seconds", *seconds, end_section=True)
     return table
+
+
+def _mean_loss(results: list[RunResult]) -> str:
+    losses = [result.test_loss for result in results if result.test_loss is not None]
+    return f"{statistics.mean(losses):.4f}" if len(losses) == len(results) else "–"
 
 
 if __name__ == "__main__":

@@ -171,10 +171,42 @@ def _check_values(recipe: DictConfig) -> None:
     for name in ("batch_size", "epochs", "threads"):
         if recipe[name] is not None and recipe[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {recipe[name]}")
-    level = find_level(recipe.cnmix.opt_level)
+    _check_level(recipe, recipe.cnmix.opt_level)
+
+
+def _check_level(recipe: DictConfig, name: str) -> None:
+    level = find_level(name)
     level.configure(fixed_point_settings(recipe))
     level.choose_activations(recipe.cnmix.activation_dtype)
     recipe_rules(recipe)
+
+
+def choose_levels(recipe: DictConfig, compare: bool, levels: Sequence[str]) -> list[str]:
+    """Returns the opt levels to train a recipe at.
+
+    Args:
+        recipe: as ``load_recipe`` returns it.
+        compare: the recipe's own level, and before it O0.
+        levels: these instead of the recipe's own. Its settings hold at each that quantizes; O0 has no use for them.
+
+    Raises:
+        ValueError: for a level that there is not, that cannot take the recipe's settings or that stands there twice,
+            or where both are given.
+    """
+    own = recipe.cnmix.opt_level
+    if not levels:
+        return ["O0", own] if compare and own != "O0" else [own]
+    if compare:
+        raise ValueError("--levels names every level to train at: leave --compare away, and put O0 among them")
+    for level in levels:
+        if find_level(level).quantizes:
+            try:
+                _check_level(recipe, level)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"opt_level {level!r} cannot take the recipe's settings: {error}") from error
+    if len(set(levels)) < len(levels):
+        raise ValueError(f"--levels names a level twice: {','.join(levels)}")
+    return list(levels)
 
 
 def fixed_point_settings(recipe: DictConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ from torch.utils.data.distributed import DistributedSampler
 from . import checkpoint, inference
 from .lightning import CnmixPlugin
 from .nn import quantized_modules
-from .recipe import build_model, build_optimizer, fixed_point_settings, load_data, merge_recipe, recipe_rules
+from .recipe import (
+    build_model,
+    build_optimizer,
+    choose_levels,
+    fixed_point_settings,
+    load_data,
+    merge_recipe,
+    recipe_rules,
+)
 from .state import check_names_fit
 from .strategies import find_level
 
@@ -116,11 +124,12 @@ def run_recipe(
     name: str,
     *,
     compare: bool = False,
+    levels: Sequence[str] = (),
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, list[RunResult], nn.Module]:
-    """Trains a recipe once for each seed, and with ``compare`` its float32 baseline from the same seeds.
+    """Trains a recipe once for each seed, with ``compare`` or ``levels`` at several levels from the same seeds.
 
     Leaves ``<output>/<name>/<time>/`` with the resolved recipe, the results, and for each run its metrics, Lightning's
     checkpoint to resume from and the model's.
@@ -128,35 +137,35 @@ def run_recipe(
     Args:
         recipe: as ``load_recipe`` returns it.
         name: of the recipe.
-        compare: also train at O0.
+        compare: also train at O0, the float32 baseline.
+        levels: opt levels to train at in place of the recipe's own, in this order; its settings hold at each.
         resume: a checkpoint ``last.ckpt`` to go on from; for recipes with one seed.
         progress: whether to draw a progress bar.
         report: called with a line when a run starts, ends or is interrupted.
 
     Returns:
-        The folder, the result of each run, and the last model trained at the recipe's level.
+        The folder, the result of each run, and the last model.
 
     Raises:
-        ValueError: if ``resume`` is given with several runs, or is no checkpoint.
+        ValueError: if a level is unknown or cannot take the recipe's settings, if ``levels`` is given with ``compare``
+            or ``resume``, or if ``resume`` is given with several runs or is no checkpoint.
     """
-    levels = [recipe.cnmix.opt_level]
-    if compare and "O0" not in levels:
-        levels.insert(0, "O0")
     # What the recipe or the checkpoint has wrong is refused before a folder is made.
+    chosen = choose_levels(recipe, compare, levels)
     model = build_model(recipe)
     build_optimizer(recipe, model.parameters())
-    modules = _modules_to_convert(recipe, model)
+    modules = [_modules_to_convert(recipe, model, level) for level in chosen]
     if resume is not None:
-        if len(levels) * len(recipe.seeds) > 1:
-            raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare")
-        _check_resumable(Path(resume), model, modules, recipe.epochs)
+        if levels or len(chosen) * len(recipe.seeds) > 1:
+            raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare or --levels")
+        _check_resumable(Path(resume), model, modules[0], recipe.epochs)
     data = load_data(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     folder = _new_folder(Path(recipe.output) / name)
     OmegaConf.save(recipe, folder / "recipe.yaml")
     results: list[RunResult] = []
-    runs = [(seed, level) for seed in recipe.seeds for level in levels]
+    runs = [(seed, level) for seed in recipe.seeds for level in chosen]
     for number, (seed, level) in enumerate(runs, start=1):
         place = folder / f"{level}-seed{seed}"
         report(f"run {number} of {len(runs)}: {level}, seed {seed}, {recipe.epochs} epochs")
@@ -164,12 +173,11 @@ def run_recipe(
             result, model = train(recipe, level, seed, data, place, resume=resume, progress=progress)
         except KeyboardInterrupt:
             last = place / LAST_FILE
-            further = f"; go on with --resume {last} and seeds=[{seed}]" if last.is_file() else ""
+            further = f"; go on with --resume {last} seeds=[{seed}] cnmix.opt_level={level}" if last.is_file() else ""
             report(f"interrupted: kept in {folder}{further}")
             raise
-        report(f"  test accuracy {result.test_accuracy:.2%}, {result.seconds:.1f} s")
-        if result.test_loss is None:
-            report("  the loss is not finite: training diverged")
+        loss = "not finite: training diverged" if result.test_loss is None else f"{result.test_loss:.4f}"
+        report(f"  {result.seconds:.1f} s, test accuracy {result.test_accuracy:.2%}, test loss {loss}")
         results.append(result)
         (folder / "results.json").write_text(json.dumps([asdict(each) for each in results], indent=2) + "\n")
     return folder, results, model
@@ -334,8 +342,11 @@ def _read_checkpoint(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _modules_to_convert(recipe: DictConfig, model: nn.Module) -> list[str]:
-    level = find_level(recipe.cnmix.opt_level)
+def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> list[str]:
+    """Returns the modules that training at this level computes in fixed point; raises where it could not."""
+    level = find_level(name)
+    if not level.quantizes:  # the baseline, which the recipe's settings are not for
+        return []
     return list(level.check(model, level.configure(fixed_point_settings(recipe)), recipe_rules(recipe)))
 
 

@@ -65,6 +65,46 @@ def test_train_and_eval(command):
     assert re.search(r"O1 .* 0 .*%.*%", output)
 
 
+def test_levels(command):
+    train = ["train", RECIPES / "digits.yaml", *SMALL, "seeds=[0,1]"]
+    code, output, error = command(*train, "--levels", "O0, O2,O3")
+    assert (code, error) == (0, "")
+    assert "Operands after the last O3 run" in output
+    assert re.search(r"seed +┃ +┃ float32 \(O0\) ┃ +O2 ┃ +O3 ┃", output)
+    for row, number in (("accuracy", r"\d+\.\d\d%"), ("loss", r"\d\.\d{4}"), ("seconds", r"\d+\.\d")):
+        assert len(re.findall(rf"│ {row} +│ +{number} │ +{number} │ +{number} │", output)) == 3
+    assert re.search(r"│ mean │ accuracy │", output)
+    assert {path.parent.name for path in Path("runs").rglob("model.pt")} == {
+        f"{level}-seed{seed}" for level in ("O0", "O2", "O3") for seed in (0, 1)
+    }
+
+
+def test_levels_that_end_in_float32(command):
+    code, output, _ = command("train", RECIPES / "digits.yaml", *SMALL, "--levels", "O1,O0")
+    assert code == 0
+    assert "Operands" not in output
+    assert "cnmix eval" in output
+    code, output, _ = command("train", RECIPES / "digits.yaml", *SMALL, "--levels", "O0")
+    assert code == 0
+    assert "cnmix eval" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--levels", "O1,O4"], "unknown opt_level 'O4': this version has O0, O1, O2, O3"),
+        (["--levels", "o1"], "did you mean 'O1'"),
+        (["--levels", ""], "unknown opt_level ''"),
+        (["--levels", "O1,O1"], "--levels names a level twice: O1,O1"),
+        (["--levels", "O0,O1", "--compare"], "leave --compare away, and put O0 among them"),
+        (["--levels", "O1,O3", "cnmix.bitwidth=16"], "'O3' cannot take the recipe's settings: bitwidth 16 is over"),
+        (["--levels", "O2", "cnmix.exclude=[conv3]"], "no module is called 'conv3'"),
+    ],
+)
+def test_bad_levels(command, arguments, message):
+    refused(command("train", RECIPES / "digits.yaml", *SMALL, *arguments), message)
+
+
 def test_resume(command, trained):
     code, output, _ = command(
         "train", RECIPES / "digits.yaml", *SMALL, "epochs=2", "--resume", trained / "O1-seed0" / "last.ckpt"
@@ -174,6 +214,7 @@ def test_resume_from_the_wrong_run(command, trained):
     train = ["train", RECIPES / "digits.yaml", *SMALL]
     refused(command(*train, "--compare", "--resume", last), r"give one seed \(seeds=\[0\]\) and no --compare")
     refused(command(*train, "seeds=[0,1]", "--resume", last), "goes on with one run")
+    refused(command(*train, "--levels", "O1", "--resume", last), "goes on with one run.*no --compare or --levels")
     refused(command(*train, "--resume", model), "last.ckpt|model.pt")
 
 
@@ -202,7 +243,7 @@ def test_an_interrupt_says_what_was_kept_and_how_to_go_on(command, monkeypatch):
     monkeypatch.setattr(ModelCheckpoint, "on_validation_end", interrupt_after_an_epoch)
     code, output, _ = command("train", RECIPES / "digits.yaml", *SMALL, "epochs=3")
     assert code == 130
-    last = re.search(r"interrupted: kept in \S+; go on with --resume (\S+)", output)[1]
+    last = re.search(r"kept in \S+; go on with --resume (\S+) seeds=\[0\] cnmix.opt_level=O1", output)[1]
     assert Path(last).is_file()
     assert command("eval", Path(last).parents[1])[0] == 0
 
@@ -210,7 +251,8 @@ def test_an_interrupt_says_what_was_kept_and_how_to_go_on(command, monkeypatch):
 def test_a_diverged_run_says_so(command):
     code, output, _ = command("train", RECIPES / "digits.yaml", *SMALL, "optimizer.args.lr=1e30")
     assert code == 0
-    assert "the loss is not finite: training diverged" in output
+    assert "test loss not finite: training diverged" in output
+    assert re.search(r"│ loss +│ +– │", output)
     results = next(Path("runs").rglob("results.json")).read_text()
     assert '"test_loss": null' in results
 

@@ -7,7 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cnmix.config import QuantizeConfig
-from cnmix.recipe import build_model, build_optimizer, fixed_point_settings, load_data, load_recipe
+from cnmix.recipe import build_model, build_optimizer, choose_levels, fixed_point_settings, load_data, load_recipe
+from cnmix.strategies import LEVELS
 
 DIGITS = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
 
@@ -50,7 +51,9 @@ def test_shipped_recipes():
         assert isinstance(recipe, DictConfig)
         assert Path(recipe.module).is_file()
         assert isinstance(build_model(recipe), nn.Module)
-        assert (recipe.cnmix.opt_level, recipe.cnmix.bitwidth, recipe.cnmix.max_bitwidth) == ("O1", 8, 31)
+        assert recipe.cnmix.opt_level == "O1"
+        for level in LEVELS.values():  # a setting there would be every level's
+            assert level.configure(fixed_point_settings(recipe)) == level.defaults
 
 
 def test_defaults_and_overrides(write):
@@ -76,6 +79,41 @@ def test_builders(write):
     optimizer, scheduler = build_optimizer(recipe, model.parameters())
     assert isinstance(optimizer, torch.optim.SGD)
     assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+
+
+@pytest.mark.parametrize(
+    ("own", "compare", "levels", "chosen"),
+    [
+        ("O1", False, [], ["O1"]),
+        ("O2", True, [], ["O0", "O2"]),
+        ("O0", True, [], ["O0"]),
+        ("O1", False, ["O3"], ["O3"]),
+        ("O1", False, ["O2", "O0", "O1"], ["O2", "O0", "O1"]),
+    ],
+)
+def test_levels(own, compare, levels, chosen):
+    assert choose_levels(load_recipe(DIGITS, [f"cnmix.opt_level={own}"]), compare, levels) == chosen
+
+
+def test_settings_hold_at_every_level_that_quantizes():
+    recipe = load_recipe(DIGITS, ["cnmix.bitwidth=16"])
+    assert choose_levels(recipe, False, ["O0", "O1", "O2"]) == ["O0", "O1", "O2"]
+    with pytest.raises(ValueError, match="'O3' cannot take the recipe's settings: bitwidth 16 is over max_bitwidth 8"):
+        choose_levels(recipe, False, ["O0", "O1", "O3"])
+
+
+@pytest.mark.parametrize(
+    ("compare", "levels", "message"),
+    [
+        (False, ["O1", "o2"], "unknown opt_level 'o2': .*did you mean 'O2'"),
+        (False, [""], "unknown opt_level ''"),
+        (False, ["O1", "O2", "O1"], "--levels names a level twice: O1,O2,O1"),
+        (True, ["O1"], "leave --compare away"),
+    ],
+)
+def test_bad_levels(compare, levels, message):
+    with pytest.raises(ValueError, match=message):
+        choose_levels(load_recipe(DIGITS), compare, levels)
 
 
 def test_interpolation(write):

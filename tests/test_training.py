@@ -113,6 +113,24 @@ def test_compare(run):
         assert each.float_accuracy == pytest.approx(floats[each.level, each.seed])
 
 
+def test_levels(run):
+    folder, results, model = run("epochs=1", "seeds=[0,1]", levels=["O3", "O0", "O2"])
+    order = ["O3", "O0", "O2"]
+    assert [(each.level, each.seed) for each in results] == [(level, seed) for seed in (0, 1) for level in order]
+    assert {module.quantizers.config.max_bitwidth for _, module in quantized_modules(model)} == {16}
+    saved = checkpoint.load(folder / "O3-seed0" / "model.pt")["cnmix"]["models"][0]["modules"]
+    assert {module["settings"]["max_bitwidth"] for module in saved.values()} == {8}
+    evaluations = {(each.level, each.seed): each for each in evaluate_checkpoints(folder)}
+    assert set(evaluations) == {(level, seed) for seed in (0, 1) for level in order}
+    assert [level for level in order if evaluations[level, 0].integer_accuracy is None] == ["O0"]
+
+
+def test_a_level_in_the_list_is_the_recipes_own(run):
+    _, (listed,), _ = run("epochs=1", levels=["O2"])
+    _, (own,), _ = run("epochs=1", "cnmix.opt_level=O2")
+    assert (listed.level, listed.test_loss) == (own.level, own.test_loss)
+
+
 @pytest.mark.parametrize("places", [[], [4], [2, 3]])
 def test_classes_at_several_positions(write, places):
     recipe = write(SEVERAL, f"data.args.places={places}")
