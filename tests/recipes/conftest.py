@@ -22,3 +22,8 @@ def mnist() -> ModuleType:
 @pytest.fixture(scope="session")
 def digits() -> ModuleType:
     return load_recipe("digits")
+
+
+@pytest.fixture(scope="session")
+def text() -> ModuleType:
+    return load_recipe("text")
