@@ -119,7 +119,7 @@ def test_levels(run):
     assert [(each.level, each.seed) for each in results] == [(level, seed) for seed in (0, 1) for level in order]
     assert {module.quantizers.config.max_bitwidth for _, module in quantized_modules(model)} == {16}
     saved = checkpoint.load(folder / "O3-seed0" / "model.pt")["cnmix"]["models"][0]["modules"]
-    assert {module["settings"]["max_bitwidth"] for module in saved.values()} == {8}
+    assert {module["settings"]["weight"]["max_bitwidth"] for module in saved.values()} == {8}
     evaluations = {(each.level, each.seed): each for each in evaluate_checkpoints(folder)}
     assert set(evaluations) == {(level, seed) for seed in (0, 1) for level in order}
     assert [level for level in order if evaluations[level, 0].integer_accuracy is None] == ["O0"]
