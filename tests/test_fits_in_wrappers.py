@@ -246,3 +246,18 @@ def test_a_checkpointed_pass_that_no_backward_pass_followed(batch, step):
     step(model, optimizer, 1)
     assert model.middle[0].quantizers.input.state.step == 2
     assert all(isinstance(layer, QuantizedModule) for layer in model.middle[::2])
+
+
+@pytest.mark.parametrize("way", ["not reentrant", "reentrant"])
+def test_a_range_that_jumps_between_updates(way):
+    """A repeated pass that measured anew would multiply other integers than the formats of the first pass say."""
+    found = []
+    for run in (lambda block, x: block(x), CHECKPOINTS[way]):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 16)
+        cnmix.initialize(layer, None, mode="fixed_interval", interval=3, bitwidth=16, max_bitwidth=16)
+        for scale in (1, 0.01, 1, 0.01):
+            x = torch.full((4, 16), float(scale), requires_grad=True)
+            run(layer, x).sum().backward()
+        found.append(layer.weight.grad)
+    assert torch.equal(*found)
