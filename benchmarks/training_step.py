@@ -80,14 +80,17 @@ def compare(gradients: Gradients, exact: Mapping[str, Tensor]) -> dict[str, Any]
 
 @contextlib.contextmanager
 def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collects the bytes that autograd saves for backward, by storage, without the model's own parameters."""
+    """Collects the bytes that autograd saves for backward, without the model's own parameters.
+
+    A saved view counts with its whole storage, which it keeps, and several views of one storage count once.
+    """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = tensor.numel() * tensor.itemsize
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
