@@ -114,8 +114,8 @@ class OperandQuantizer:
                 channel_dim=channel_dim,
                 with_checksum=with_checksum,
             )
-            if training and self.config.saturation is not None:
-                self._watch_saturation(quantized, self.config.saturation)
+            if training:
+                self._watch_saturation(quantized)
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
@@ -132,6 +132,12 @@ class OperandQuantizer:
         """Returns the rounding of data: as configured, but never random outside training."""
         rounding = self.config.rounding
         return rounding if training or rounding != "stochastic" else "nearest_even"
+
+    def count(self, quantized: FixedPoint, training: bool) -> None:
+        """Takes a step without an update, whose tensor another quantizer gave these integers in the same format."""
+        self.state.step += training
+        if training:
+            self._watch_saturation(quantized)
 
     def repeated(self, x: Tensor, bits: int, position: int | None, stream: int) -> FixedPoint:
         """Quantizes as an earlier training step did, without counting one: in that format, with its random draws."""
@@ -194,9 +200,11 @@ class OperandQuantizer:
         values = kernels.quantize(x, bits, quantized.position, rounding, seed=state.seed, stream=state.step)
         return quantized._replace(values=values), found
 
-    def _watch_saturation(self, quantized: FixedPoint, bound: float) -> None:
+    def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""
-        state = self.state
+        state, bound = self.state, self.config.saturation
+        if bound is None:
+            return
         state.saturation += kernels.saturated_share(quantized)
         if state.saturation > bound * (state.step - 1 - state.last_update):
             state.next_update = state.step

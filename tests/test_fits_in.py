@@ -398,3 +398,29 @@ def test_passes_without_gradients_in_between(net, step, batch, straight, context
     for seed in range(4):
         step(other, second, seed)
     assert differences(model, other) == []
+
+
+# In place
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Linear(6, 5), (4, 6)),
+        (lambda: nn.Linear(6, 5), (2, 4, 6)),
+        (lambda: nn.Conv1d(4, 5, 3), (2, 4, 7)),
+        (lambda: nn.Conv2d(4, 8, 3, padding="same", groups=2), (2, 4, 7, 7)),
+        (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 7, 7)),
+    ],
+)
+def test_an_activation_in_place_behind_a_product(layer, shape, level):
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(layer(), nn.ReLU(inplace=inplace))
+        cnmix.initialize(model, None, level)
+        x = torch.randn(shape).requires_grad_()
+        model(x).square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -13,7 +13,7 @@ from ..config import QuantizeConfig
 from ..rules import Rule, RuleBook
 from .half import use_float32
 from .modules import QUANTIZED_CLASSES, QuantizedModule
-from .quantizers import ModuleQuantizers
+from .quantizers import LatestInput, ModuleQuantizers
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
@@ -37,10 +37,12 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     chosen = convertible_modules(model, rules)
     book = RuleBook(model, rules)
     configs = {fqn: book.configure(module, config) for fqn, module in chosen.items()}
+    latest_input = LatestInput()
     for fqn, module in chosen.items():
         converted = QUANTIZED_CLASSES[type_before_parametrizations(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
-        module.__dict__["quantizers"] = ModuleQuantizers(configs[fqn], converted.product, fqn or type(module).__name__)
+        name = fqn or type(module).__name__
+        module.__dict__["quantizers"] = ModuleQuantizers(configs[fqn], converted.product, name, latest_input)
         _set_class(module, converted)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.

@@ -75,7 +75,8 @@ def forward_product(
         y = kernels.convolution(
             qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact, dtype=dtype
         )
-    return y, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype, call)
+    # Not as a view, on which autograd refuses to work in place: a ReLU(inplace=True) may follow.
+    return y.data, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype, call)
 
 
 def backward_products(

@@ -51,6 +51,28 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+class LatestInput:
+    """The input that was quantized last in a model, which the next module may get as well (query, key and value).
+
+    Sharing its integers saves quantizing it again, and keeping it more than once for the backward passes.
+    """
+
+    def __init__(self) -> None:
+        self._latest: tuple[weakref.ref[Tensor], tuple[Any, ...], FixedPoint] | None = None
+
+    def find(self, x: Tensor, form: tuple[Any, ...]) -> FixedPoint | None:
+        """Returns the integers of ``x`` in this form (version, width, position, rounding), where they are known."""
+        latest = self._latest  # once: another thread may replace it
+        return latest[2] if latest is not None and latest[0]() is x and latest[1] == form else None
+
+    def keep(self, x: Tensor, form: tuple[Any, ...], integers: FixedPoint) -> None:
+        """Takes the place of the one before."""
+        self._latest = weakref.ref(x), form, integers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_latest": None}
+
+
 class ModuleQuantizers:
     """Quantizes the three operands of one Linear or convolution.
 
@@ -58,6 +80,7 @@ class ModuleQuantizers:
         config: the settings of all three operands, or of each.
         product: "convolution" or "matmul".
         fqn: fully qualified name of the module, for messages.
+        latest_input: shared with the other modules of the model.
 
     Attributes:
         input: quantizer of the module's input.
@@ -69,7 +92,13 @@ class ModuleQuantizers:
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
     """
 
-    def __init__(self, config: QuantizeConfig | OperandConfigs, product: Product, fqn: str) -> None:
+    def __init__(
+        self,
+        config: QuantizeConfig | OperandConfigs,
+        product: Product,
+        fqn: str,
+        latest_input: LatestInput | None = None,
+    ) -> None:
         configs = dict.fromkeys(OPERANDS, config) if isinstance(config, QuantizeConfig) else config
         self.product: Product = product
         # The key of stochastic rounding: a seed of the run, and a number per operand that any process finds again.
@@ -84,6 +113,7 @@ class ModuleQuantizers:
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
         self._drawn: Mapping[str, Any] | None = None  # how they were drawn, where that was at random
+        self._latest_input = latest_input or LatestInput()
         self._frozen = False
         self._calls: list[weakref.ref[Call]] = []
         self._kept_calls: deque[Call] = deque(maxlen=_MOST_ASIDE)
@@ -205,7 +235,7 @@ class ModuleQuantizers:
         """
         backward = current_backward() if training else -1
         if backward == -1:
-            qx, qw = self.input(x, training), self.quantize_weight(weight, training)
+            qx, qw = self._quantize_input(x, training), self.quantize_weight(weight, training)
             if not training:
                 return qx, qw, None
             call = Call((qx.bits, qx.position, self.input.state.step), qw)
@@ -221,6 +251,24 @@ class ModuleQuantizers:
                 return self.input.repeated(x, *call.input), call.weight, call
         state = self.input.state
         return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False), None
+
+    def _quantize_input(self, x: Tensor, training: bool) -> FixedPoint:
+        quantizer = self.input
+        rounding = quantizer.rounding(training)
+        # Every module draws its own random numbers. A tensor that no operation computed may be a buffer that is filled
+        # anew behind the back of its version counter, by NumPy for one.
+        if rounding == "stochastic" or x.grad_fn is None:
+            return quantizer(x, training)
+        if not (training and quantizer.due):
+            known = self._latest_input.find(x, (x._version, quantizer.state.bits, quantizer.state.position, rounding))
+            if known is not None:
+                quantizer.count(known, training)
+                return known
+        integers = quantizer(x, training)
+        if integers.finite:
+            form = (x._version, integers.bits, quantizer.state.position, rounding)
+            self._latest_input.keep(x, form, integers)
+        return integers
 
     def put_aside(self, integers: tuple[Tensor, Tensor]) -> int:
         """Keeps the integers of input and weight for a backward pass; returns the number to fetch them with."""

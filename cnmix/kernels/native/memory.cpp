@@ -41,14 +41,35 @@ struct Block {
   int64_t bytes;
 };
 
+#if defined(__linux__)
+// Straight from the system: out of the C library's heap blocks of this alignment would leave holes. Whole huge pages only,
+// since a fault on the last one takes 2 MiB for what may be a few bytes.
 Block allocate(int64_t bytes) {
+  const int64_t whole = bytes / kPage * kPage;
   bytes = (bytes + kPage - 1) / kPage * kPage;
-  void* data = std::aligned_alloc(kPage, static_cast<size_t>(bytes));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (data) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+  const size_t mapped = static_cast<size_t>(bytes + kPage);
+  void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) return {nullptr, bytes};
+  char* data = static_cast<char*>(base);
+  const int64_t head = (kPage - reinterpret_cast<intptr_t>(data) % kPage) % kPage;
+  if (head > 0) munmap(data, static_cast<size_t>(head));
+  data += head;
+  munmap(data + bytes, static_cast<size_t>(kPage - head));
+#if defined(MADV_HUGEPAGE)
+  if (whole > 0) madvise(data, static_cast<size_t>(whole), MADV_HUGEPAGE);
 #endif
   return {data, bytes};
 }
+
+void release(Block block) { munmap(block.data, static_cast<size_t>(block.bytes)); }
+#else
+Block allocate(int64_t bytes) {
+  bytes = (bytes + kPage - 1) / kPage * kPage;
+  return {std::aligned_alloc(kPage, static_cast<size_t>(bytes)), bytes};
+}
+
+void release(Block block) { std::free(block.data); }
+#endif
 
 class Pool {
  public:
@@ -95,7 +116,7 @@ class Pool {
   void shrink(int64_t bytes) {
     while (idle_bytes_ > bytes) {
       idle_bytes_ -= idle_.back().bytes;
-      std::free(idle_.back().data);
+      release(idle_.back());
       idle_.pop_back();
     }
   }
