@@ -23,6 +23,8 @@ from cnmix.fixed_point import FixedPoint, limits, storage_dtype
 
 Arms = dict[str, Callable[[], object]]
 LINEARS = ((1024, 1024, 1024), (4096, 768, 3072))
+SMALL_LINEARS = tuple((rows, width, width) for rows in (64, 512, 4096) for width in (64, 128, 256))
+SMALL_CONVOLUTIONS = ((3, 16, 32), (3, 32, 16), (3, 64, 8))
 CONVOLUTIONS = ((3, 64, 56), (3, 128, 28), (3, 256, 14), (3, 512, 7), (1, 256, 56))
 
 
@@ -100,6 +102,11 @@ def all_rows() -> dict[str, Callable[[], Arms]]:
         for kernel, channels, size in CONVOLUTIONS:
             name = f"{kernel}×{kernel} step {channels} at {size}×{size}, {layout}"
             rows[name] = lambda case=(kernel, channels, size, channels_last): convolution_arms(*case)
+    for shape in SMALL_LINEARS:
+        rows["small Linear step " + "×".join(map(str, shape))] = lambda shape=shape: linear_arms(*shape)
+    for kernel, channels, size in SMALL_CONVOLUTIONS:
+        name = f"small {kernel}×{kernel} step {channels} at {size}×{size}, NCHW"
+        rows[name] = lambda case=(kernel, channels, size, False): convolution_arms(*case)
     rows["int8 product 2048³"] = lambda: product_arms(2048, 8)
     rows["int16 product 2048³"] = lambda: product_arms(2048, 16)
     rows["int31 product 1024³"] = lambda: product_arms(1024, 31)

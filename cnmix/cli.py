@@ -49,9 +49,10 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="A run's last.ckpt to go on from.")] = None,
 ) -> None:
     """Train a recipe; leaves runs/<recipe>/<time>/ with its settings, metrics and checkpoints."""
+    from .evaluation import operand_rows
     from .recipe import load_recipe
     from .strategies import find_level
-    from .training import operand_rows, run_recipe
+    from .training import run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     folder, results, model = run_recipe(
@@ -88,15 +89,16 @@ def evaluate(
     module: Annotated[Path | None, typer.Option(help="The recipe's Python file, if it has moved.")] = None,
 ) -> None:
     """Evaluate checkpoints in float32 and with integers at the positions that training stored."""
-    from .training import evaluate_checkpoints
+    from .evaluation import evaluate_checkpoints
 
-    table = Table(title="Test accuracy")
+    table = Table(title="Test accuracy and loss")
     for heading in ("checkpoint", "level", "seed", "float32", "integer"):
         table.add_column(heading, justify="left" if heading in ("checkpoint", "level") else "right", overflow="fold")
     for each in evaluate_checkpoints(path, module):
-        integer = "–" if each.integer_accuracy is None else f"{each.integer_accuracy:.2%}"
+        pairs = ((each.float_accuracy, each.float_loss), (each.integer_accuracy, each.integer_loss))
+        cells = [f"{accuracy:.2%}  {loss:.4f}" if accuracy is not None else "–" for accuracy, loss in pairs]
         shown = str(Path(each.file).relative_to(path)) if path.is_dir() else path.name
-        table.add_row(escape(shown), each.level, str(each.seed), f"{each.float_accuracy:.2%}", integer)
+        table.add_row(escape(shown), each.level, str(each.seed), *cells)
     console.print(table)
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from . import checkpoint, inference
+from . import checkpoint
+from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
 from .lightning import CnmixPlugin
-from .nn import quantized_modules
 from .recipe import (
     build_model,
     build_optimizer,
     choose_levels,
     fixed_point_settings,
     load_data,
-    merge_recipe,
     recipe_rules,
 )
 from .state import check_names_fit
 from .strategies import find_level
-
-MODEL_FILE = "model.pt"
-LAST_FILE = "last.ckpt"
 
 
 @dataclass
@@ -86,7 +82,7 @@ class Classification(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
         inputs, targets = batch
-        scores, classes = _one_row_each(self.model(inputs), targets)
+        scores, classes = one_row_each(self.model(inputs), targets)
         loss = F.cross_entropy(scores, classes)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(classes))
         return loss
@@ -94,7 +90,7 @@ class Classification(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs loss and accuracy on the test data."""
         inputs, targets = batch
-        scores, classes = _one_row_each(self.model(inputs), targets)
+        scores, classes = one_row_each(self.model(inputs), targets)
         accuracy = (scores.argmax(1) == classes).float().mean()
         values = {"test_loss": F.cross_entropy(scores, classes), "test_accuracy": accuracy}
         self.log_dict(values, prog_bar=True, batch_size=len(classes))
@@ -158,7 +154,7 @@ def run_recipe(
     if resume is not None:
         if levels or len(chosen) * len(recipe.seeds) > 1:
             raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare or --levels")
-        _check_resumable(Path(resume), model, modules[0], recipe.epochs)
+        _check_resumable(Path(resume), model, modules[0], chosen[0], recipe.epochs)
     data = load_data(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -211,7 +207,7 @@ def train(
     shuffled = DistributedSampler(data[0], num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[var-annotated]
     # Loaders draw a seed whenever they start; from a generator of their own, that leaves dropout's random state alone.
     loader = DataLoader(data[0], recipe.batch_size, sampler=shuffled, generator=torch.Generator().manual_seed(seed))
-    test_loader = _test_loader(data[1])
+    test_loader = in_batches(data[1])
     keep_last = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     bar = [RichProgressBar(leave=False)] if progress else []
     started = time.perf_counter()
@@ -243,105 +239,6 @@ def train(
     return result, task.model
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset[Any]) -> tuple[float, float]:
-    """Returns the share of the classes predicted correctly and their mean cross entropy, in evaluation mode."""
-    model.eval()
-    correct, loss, count = 0, 0.0, 0
-    for inputs, targets in _test_loader(data):
-        scores, classes = _one_row_each(model(inputs), targets)
-        correct += int((scores.argmax(1) == classes).sum())
-        loss += float(F.cross_entropy(scores, classes, reduction="sum"))
-        count += len(classes)
-    return correct / count, loss / count
-
-
-@dataclass
-class Evaluation:
-    """Float and integer accuracy of one checkpoint; the integer one is None where it was not trained in fixed point."""
-
-    file: str
-    level: str
-    seed: int
-    float_accuracy: float
-    integer_accuracy: float | None
-
-
-def evaluate_checkpoints(
-    path: str | os.PathLike[str], module: str | os.PathLike[str] | None = None
-) -> Iterator[Evaluation]:
-    """Evaluates a run's checkpoints, or one of them, on the test data of the recipe they were trained with.
-
-    The integer accuracy uses the positions that training stored; there is no calibration pass.
-
-    Args:
-        path: a run's folder or any folder in it, its ``model.pt``, or Lightning's ``last.ckpt``.
-        module: the recipe's Python file, which is run; by default where it was when training ran.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint, or the recipe's Python file is gone.
-        ValueError: if a file is no checkpoint of a recipe.
-    """
-    place = Path(path)
-    files = [place]
-    if place.is_dir():  # of a run that did not end there is only Lightning's
-        files = sorted(place.rglob(MODEL_FILE))
-        files += [last for last in sorted(place.rglob(LAST_FILE)) if not last.with_name(MODEL_FILE).is_file()]
-    if not files:
-        raise FileNotFoundError(
-            f"there is no {MODEL_FILE} or {LAST_FILE} in {place}: {LAST_FILE} comes with an epoch's end"
-        )
-    for file in files:
-        saved = _read_checkpoint(file)
-        moved = {} if module is None else {"module": str(Path(module).resolve())}
-        recipe = merge_recipe(saved["recipe"], moved, where=f"the recipe in {file}", folder=file.parent)
-        _, test = load_data(recipe)
-        model = build_model(recipe)
-        _check_weights_fit(model, saved["state_dict"], file)
-        model.load_state_dict(saved["state_dict"], strict=True)
-        float_accuracy, _ = evaluate(model, test)
-        integer_accuracy = None
-        if any(saved_model["modules"] for saved_model in saved["cnmix"]["models"]):
-            integer_accuracy, _ = evaluate(inference.prepare(model, saved), test)
-        result = {"level": recipe.cnmix.opt_level, "seed": recipe.seeds[0], **saved.get("result", {})}
-        yield Evaluation(str(file), result["level"], result["seed"], float_accuracy, integer_accuracy)
-
-
-def operand_rows(model: nn.Module) -> Iterator[tuple[str, str, int, int | None, int, int, float]]:
-    """Yields (module, operand, bits, position, interval, updates, error) for every operand of the model."""
-    for fqn, module in quantized_modules(model):
-        for operand, quantizer in module.quantizers:
-            state = quantizer.state
-            yield fqn, operand, state.bits, state.position, state.interval, state.updates, state.error
-
-
-def _read_checkpoint(file: Path) -> Mapping[str, Any]:
-    """Reads a model's checkpoint, or Lightning's, in the form of the former."""
-    saved = checkpoint.read_plain(file)
-    if "pytorch-lightning_version" in saved:
-        prefix = "model."
-        known = saved.get(CnmixPlugin.__qualname__, {})
-        state = {"version": known.get("version", 1), "models": [], "loss_scalers": []}
-        for model in known.get("models", []):
-            modules = {fqn.removeprefix(prefix): each for fqn, each in model["modules"].items()}
-            state["models"].append({"modules": modules})
-        run = saved.get("hyper_parameters", {})
-        saved = {
-            "state_dict": {key.removeprefix(prefix): value for key, value in saved["state_dict"].items()},
-            "cnmix": state,
-            "recipe": run.get("recipe"),
-            "result": {key: run[key] for key in ("level", "seed") if key in run},
-            "epoch": saved.get("epoch"),
-        }
-    missing = [key for key in ("state_dict", "cnmix", "recipe") if saved.get(key) is None]
-    if missing:
-        raise ValueError(f"{file} is no checkpoint of `cnmix train`: it has no {', '.join(missing)}")
-    try:
-        return {**saved, "cnmix": checkpoint.check(saved)}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
 def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> list[str]:
     """Returns the modules that training at this level computes in fixed point; raises where it could not."""
     level = find_level(name)
@@ -350,38 +247,19 @@ def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> list
     return list(level.check(model, level.configure(fixed_point_settings(recipe)), recipe_rules(recipe)))
 
 
-def _check_resumable(file: Path, model: nn.Module, modules: list[str], epochs: int) -> None:
+def _check_resumable(file: Path, model: nn.Module, modules: list[str], level: str, epochs: int) -> None:
     """Refuses a checkpoint that training cannot go on from: not Lightning's, of another network or level, or done."""
-    saved = _read_checkpoint(file)
+    saved = read_checkpoint(file)
     if saved.get("epoch") is None:
         raise ValueError(f"{file} is no checkpoint to go on from: give the last.ckpt of a run")
-    _check_weights_fit(model, saved["state_dict"], file)
+    check_weights_fit(model, saved["state_dict"], file)
+    before = saved["result"].get("level", level)
+    if before != level:
+        raise ValueError(f"{file} was trained at {before} and not {level}: go on with cnmix.opt_level={before}")
     states = saved["cnmix"]["models"] or [{"modules": {}}]
     check_names_fit(type(model).__name__, set(modules), states[0])
     if saved["epoch"] + 1 >= epochs:
         raise ValueError(f"{file} has trained {saved['epoch'] + 1} epochs already: give more with epochs=")
-
-
-def _check_weights_fit(model: nn.Module, weights: Mapping[str, Any], file: Path) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
-    different = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
-    if different:
-        raise ValueError(f"{file} is of another network than the recipe's: {', '.join(different[:5])} differ")
-
-
-def _one_row_each(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scores (N, ..., classes) as (M, classes), and their classes (N, ...) as (M,)."""
-    if scores.shape[:-1] != classes.shape:
-        raise ValueError(
-            f"the network's output has shape {tuple(scores.shape)} and the classes {tuple(classes.shape)}: return "
-            "logits with the classes in the last dimension, and data with a class for each of the other places"
-        )
-    return scores.flatten(0, -2), classes.flatten()
-
-
-def _test_loader(data: Dataset[Any]) -> DataLoader[Any]:
-    return DataLoader(data, batch_size=500, generator=torch.Generator())
 
 
 def _new_folder(parent: Path) -> Path:

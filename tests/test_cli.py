@@ -224,9 +224,11 @@ def test_resume_another_network(command, trained):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_resume_at_another_level(command, trained):
+@pytest.mark.parametrize("level", ["O0", "O2", "O3"])
+def test_resume_at_another_level(command, trained, level):
     last = trained / "O1-seed0" / "last.ckpt"
-    refused(command("train", RECIPES / "digits.yaml", *SMALL, "cnmix.opt_level=O0", "--resume", last), "O0|conv1")
+    result = command("train", RECIPES / "digits.yaml", *SMALL, f"cnmix.opt_level={level}", "--resume", last)
+    refused(result, f"trained at O1 and not {level}")
 
 
 def test_an_interrupt_says_what_was_kept_and_how_to_go_on(command, monkeypatch):

@@ -11,9 +11,10 @@ from torch.utils.data import TensorDataset
 
 import cnmix
 from cnmix import checkpoint
+from cnmix.evaluation import evaluate, evaluate_checkpoints, operand_rows
 from cnmix.nn import quantized_modules
 from cnmix.recipe import build_model, load_data, load_recipe
-from cnmix.training import evaluate, evaluate_checkpoints, operand_rows, run_recipe
+from cnmix.training import run_recipe
 
 DIGITS = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
 SMALL = ["seeds=[0]", "threads=1", "model.args.channels=4", "batch_size=256"]

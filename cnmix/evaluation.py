@@ -1,0 +1,165 @@
+"""Evaluates trained recipes, in float32 and with integers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import checkpoint, inference
+from .lightning import CnmixPlugin
+from .nn import quantized_modules
+from .recipe import build_model, load_data, merge_recipe
+
+MODEL_FILE = "model.pt"
+LAST_FILE = "last.ckpt"
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset[Any]) -> tuple[float, float]:
+    """Returns the share of the classes predicted correctly and their mean cross entropy, in evaluation mode."""
+    model.eval()
+    correct, loss, count = 0, 0.0, 0
+    for inputs, targets in in_batches(data):
+        scores, classes = one_row_each(model(inputs), targets)
+        correct += int((scores.argmax(1) == classes).sum())
+        loss += float(F.cross_entropy(scores, classes, reduction="sum"))
+        count += len(classes)
+    return correct / count, loss / count
+
+
+@dataclass
+class Evaluation:
+    """What one checkpoint comes to on the test data, in float and integers.
+
+    Attributes:
+        file: the checkpoint.
+        level: opt level that it was trained at.
+        seed: of its run.
+        float_accuracy: share of the classes predicted correctly, in [0, 1].
+        float_loss: mean cross entropy.
+        integer_accuracy: likewise with integers; None where it was not trained in fixed point.
+        integer_loss: likewise.
+    """
+
+    file: str
+    level: str
+    seed: int
+    float_accuracy: float
+    float_loss: float
+    integer_accuracy: float | None = None
+    integer_loss: float | None = None
+
+
+def evaluate_checkpoints(
+    path: str | os.PathLike[str], module: str | os.PathLike[str] | None = None
+) -> Iterator[Evaluation]:
+    """Evaluates a run's checkpoints, or one of them, on the test data of the recipe they were trained with.
+
+    The integer accuracy uses the positions that training stored; there is no calibration pass.
+
+    Args:
+        path: a run's folder or any folder in it, its ``model.pt``, or Lightning's ``last.ckpt``.
+        module: the recipe's Python file, which is run; by default where it was when training ran.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or the recipe's Python file is gone.
+        ValueError: if a file is no checkpoint of a recipe.
+    """
+    place = Path(path)
+    files = [place]
+    if place.is_dir():  # of a run that did not end there is only Lightning's
+        files = sorted(place.rglob(MODEL_FILE))
+        files += [last for last in sorted(place.rglob(LAST_FILE)) if not last.with_name(MODEL_FILE).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"there is no {MODEL_FILE} or {LAST_FILE} in {place}: {LAST_FILE} comes with an epoch's end"
+        )
+    for file in files:
+        saved = read_checkpoint(file)
+        moved = {} if module is None else {"module": str(Path(module).resolve())}
+        recipe = merge_recipe(saved["recipe"], moved, where=f"the recipe in {file}", folder=file.parent)
+        _, test = load_data(recipe)
+        model = build_model(recipe)
+        check_weights_fit(model, saved["state_dict"], file)
+        model.load_state_dict(saved["state_dict"], strict=True)
+        result = {"level": recipe.cnmix.opt_level, "seed": recipe.seeds[0], **saved.get("result", {})}
+        found = Evaluation(str(file), result["level"], result["seed"], *evaluate(model, test))
+        if any(saved_model["modules"] for saved_model in saved["cnmix"]["models"]):
+            found.integer_accuracy, found.integer_loss = evaluate(inference.prepare(model, saved), test)
+        yield found
+
+
+def operand_rows(model: nn.Module) -> Iterator[tuple[str, str, int, int | None, int, int, float]]:
+    """Yields (module, operand, bits, position, interval, updates, error) for every operand of the model."""
+    for fqn, module in quantized_modules(model):
+        for operand, quantizer in module.quantizers:
+            state = quantizer.state
+            yield fqn, operand, state.bits, state.position, state.interval, state.updates, state.error
+
+
+def read_checkpoint(file: Path) -> Mapping[str, Any]:
+    """Reads a model's checkpoint, or Lightning's, in the form of the former.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint of ``cnmix train``.
+    """
+    saved = checkpoint.read_plain(file)
+    if "pytorch-lightning_version" in saved:
+        prefix = "model."
+        known = saved.get(CnmixPlugin.__qualname__, {})
+        state = {"version": known.get("version", 1), "models": [], "loss_scalers": []}
+        for model in known.get("models", []):
+            modules = {fqn.removeprefix(prefix): each for fqn, each in model["modules"].items()}
+            state["models"].append({"modules": modules})
+        run = saved.get("hyper_parameters", {})
+        saved = {
+            "state_dict": {key.removeprefix(prefix): value for key, value in saved["state_dict"].items()},
+            "cnmix": state,
+            "recipe": run.get("recipe"),
+            "result": {key: run[key] for key in ("level", "seed") if key in run},
+            "epoch": saved.get("epoch"),
+        }
+    missing = [key for key in ("state_dict", "cnmix", "recipe") if saved.get(key) is None]
+    if missing:
+        raise ValueError(f"{file} is no checkpoint of `cnmix train`: it has no {', '.join(missing)}")
+    try:
+        return {**saved, "cnmix": checkpoint.check(saved)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def check_weights_fit(model: nn.Module, weights: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError, naming the first few, if a weight is missing, unknown or of another shape."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    different = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
+    if different:
+        raise ValueError(f"{file} is of another network than the recipe's: {', '.join(different[:5])} differ")
+
+
+def one_row_each(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scores (N, ..., classes) as (M, classes), and their classes (N, ...) as (M,).
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    if scores.shape[:-1] != classes.shape:
+        raise ValueError(
+            f"the network's output has shape {tuple(scores.shape)} and the classes {tuple(classes.shape)}: return "
+            "logits with the classes in the last dimension, and data with a class for each of the other places"
+        )
+    return scores.flatten(0, -2), classes.flatten()
+
+
+def in_batches(data: Dataset[Any]) -> DataLoader[Any]:
+    """Loads test data in order; from a generator of its own, since loaders draw a seed from it whenever they start."""
+    return DataLoader(data, batch_size=500, generator=torch.Generator())
