@@ -7,7 +7,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cnmix.config import QuantizeConfig
-from cnmix.recipe import build_model, build_optimizer, choose_levels, fixed_point_settings, load_data, load_recipe
+from cnmix.recipe import (
+    build_model,
+    build_optimizer,
+    choose_levels,
+    fixed_point_settings,
+    load_data,
+    load_recipe,
+    recipe_rules,
+)
+from cnmix.rules import Rule
 from cnmix.strategies import LEVELS
 
 DIGITS = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
@@ -197,3 +206,25 @@ def test_missing_files(write, tmp_path):
     recipe = load_recipe(write({**MINIMAL, "module": "nothing.py"}))
     with pytest.raises(FileNotFoundError, match=r"module .*nothing.py is missing"):
         build_model(recipe)
+
+
+def test_rules():
+    recipe = load_recipe(DIGITS, ["cnmix.exclude=[conv1]", "cnmix.rules=[{modules: [fc1, fc2], width: 16}]"])
+    assert recipe_rules(recipe) == (
+        Rule(modules=("conv1",), leave_out=True),
+        Rule(modules=("fc1", "fc2"), settings={"bitwidth": 16, "max_bitwidth": 16}),
+    )
+    assert "rules" not in fixed_point_settings(recipe)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("[{module: fc1, width: 16}]", "unknown name in a rule: 'module': did you mean 'modules'"),
+        ("[fc1]", "a rule is a mapping"),
+        ("{modules: fc1, width: 16}", "cnmix.rules must be a list"),
+    ],
+)
+def test_wrong_rules(rules, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(DIGITS, [f"cnmix.rules={rules}"])

@@ -156,6 +156,18 @@ def test_classes_that_do_not_fit_the_output():
         evaluate(nn.Linear(5, 3), data)
 
 
+def test_rules(run):
+    rules = "cnmix.rules=[{modules: conv1, leave_out: true}, {types: Linear, operands: grad_output, width: 16}]"
+    folder, results, model = run("epochs=1", rules, compare=True)
+    assert len(results) == 2
+    assert [fqn for fqn, _ in quantized_modules(model)] == ["conv2", "fc1", "fc2"]
+    widths = {operand: quantizer.state.bits for operand, quantizer in model.fc2.quantizers}
+    assert widths["grad_output"] == 16
+    assert "modules: conv1" in (folder / "recipe.yaml").read_text()
+    of_run = list(evaluate_checkpoints(folder / "O1-seed0"))
+    assert of_run[0].integer_accuracy is not None
+
+
 def test_compare_with_excluded_module(run):
     _, results, model = run("epochs=1", "cnmix.exclude=[conv1]", compare=True)
     assert len(results) == 2

@@ -12,6 +12,7 @@ from ..fixed_point import FixedPoint
 from .operators import traced_product
 from .products import ConvolutionGeometry, backward_products, forward_product
 from .quantizers import ModuleQuantizers
+from .recomputation import saved_tensor_hooks
 
 
 class _Product(torch.autograd.Function):
@@ -32,8 +33,8 @@ class _Product(torch.autograd.Function):
         ctx.x_format, ctx.weight_format = qx[1:], qw[1:]
         saved = qx.values if needs_weight else None, qw.values if needs_x else None
         # Activation checkpointing replaces what is saved: the formats must come from where the integers do.
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        ctx.save_for_backward(*saved, *((torch.tensor([*qx[1:], *qw[1:]]),) if hooked else ()))
+        formats = () if saved_tensor_hooks() is None else (torch.tensor([*qx[1:], *qw[1:]]),)
+        ctx.save_for_backward(*saved, *formats)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.quantizers = quantizers
         return y

@@ -6,18 +6,15 @@ stay; the quantizers are an ordinary attribute, neither parameter nor buffer.
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from ..config import Product
 from .functional import multiply
 from .products import ConvolutionGeometry
 from .quantizers import ModuleQuantizers
+from .recomputation import reentrant_checkpoint
 
 
 class QuantizedModule(nn.Module):
@@ -44,20 +41,10 @@ class QuantizedModule(nn.Module):
             raise RuntimeError(f"{self.quantizers.fqn!r} is frozen for integer inference: call model.eval() first")
         if not self.training or torch.compiler.is_compiling():
             return self.training and torch.is_grad_enabled()
-        return torch.is_grad_enabled() or _in_reentrant_checkpoint()
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Whether this is a training step's forward pass under activation checkpointing of the reentrant kind.
-
-    It runs without gradients, like an evaluation, and again with them in the backward pass; only the stack tells.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
+        if torch.is_grad_enabled():
             return True
-        frame = frame.f_back
-    return False
+        self.quantizers.reentrant = reentrant_checkpoint()  # a training step's first pass, which runs without gradients
+        return self.quantizers.reentrant is not None
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..fixed_point import FixedPoint
-from .quantizers import Call, ModuleQuantizers, current_backward
+from .quantizers import ModuleQuantizers
+from .recomputation import Call, current_backward
 
 
 class ConvolutionGeometry(NamedTuple):

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import weakref
 import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from .. import kernels
 from ..adaptive import OperandQuantizer, parse_operand_state
 from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..fixed_point import FixedPoint
+from .recomputation import Call, Calls, current_backward
 
 # Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
 _MOST_ASIDE = 64
@@ -27,28 +27,6 @@ _DRAWN_FIELDS = {"checksum": int, "stream": int, "measured": bool}
 # lives longer for it.
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, ModuleQuantizers] = weakref.WeakValueDictionary()
-
-
-class Call:
-    """One forward pass of a module in training, to be repeated where activation checkpointing computes it again.
-
-    Attributes:
-        input: width and position of the input, and the step that numbers its random draws.
-        weight: the integers of the weight.
-        backward: id of the backward pass that has used the call, -1 before one has.
-    """
-
-    __slots__ = ("__weakref__", "backward", "input", "weight")
-
-    def __init__(self, input: tuple[int, int, int], weight: FixedPoint) -> None:
-        self.input = input
-        self.weight = weight
-        self.backward = -1
-
-
-def current_backward() -> int:
-    """Returns the id of the backward pass that this thread is in, -1 outside of one."""
-    return torch._C._current_graph_task_id()
 
 
 class LatestInput:
@@ -89,6 +67,7 @@ class ModuleQuantizers:
         fqn: fully qualified name of the module.
         product: "convolution" or "matmul".
         output_dtype: dtype of the module's output; None is that of its input.
+        reentrant: context of the reentrant checkpoint that the next forward pass is in, see ``recomputation``.
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
     """
 
@@ -115,8 +94,8 @@ class ModuleQuantizers:
         self._drawn: Mapping[str, Any] | None = None  # how they were drawn, where that was at random
         self._latest_input = latest_input or LatestInput()
         self._frozen = False
-        self._calls: list[weakref.ref[Call]] = []
-        self._kept_calls: deque[Call] = deque(maxlen=_MOST_ASIDE)
+        self._calls = Calls()
+        self.reentrant: Any = None
         self.output_dtype: torch.dtype | None = None
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
@@ -228,29 +207,25 @@ class ModuleQuantizers:
         """Quantizes the operands of a forward pass.
 
         A forward pass within a backward pass is one that activation checkpointing repeats: it counts no step, and
-        takes the formats of the latest call that this backward pass has not used.
+        quantizes as its call did.
 
         Returns:
-            Input, weight, and in training the call, which is known as long as something refers to it.
+            Input, weight, and in training the call, for the backward pass to hold.
         """
-        backward = current_backward() if training else -1
-        if backward == -1:
-            qx, qw = self._quantize_input(x, training), self.quantize_weight(weight, training)
-            if not training:
-                return qx, qw, None
-            call = Call((qx.bits, qx.position, self.input.state.step), qw)
-            self._calls = [reference for reference in self._calls if reference() is not None]
-            self._calls.append(weakref.ref(call))
-            if not torch.is_grad_enabled():  # checkpointing of the reentrant kind: no graph refers to the call
-                self._kept_calls.append(call)
-            return qx, qw, call
-        for reference in reversed(self._calls):
-            call = reference()  # type: ignore[assignment]
-            if call is not None and call.backward != backward:
-                call.backward = backward
+        if training and current_backward() != -1:
+            call = self._calls.find()
+            if call is not None:
                 return self.input.repeated(x, *call.input), call.weight, call
-        state = self.input.state
-        return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False), None
+            state = self.input.state
+            again = self.input.repeated(x, state.bits, state.position, state.step)
+            return again, self.quantize_weight(weight, False), None
+        qx, qw = self._quantize_input(x, training), self.quantize_weight(weight, training)
+        if not training:
+            return qx, qw, None
+        reentrant, self.reentrant = self.reentrant, None
+        call = Call((qx.bits, qx.position, self.input.state.step), qw, reentrant)
+        self._calls.add(call, keep=reentrant is not None)
+        return qx, qw, call
 
     def _quantize_input(self, x: Tensor, training: bool) -> FixedPoint:
         quantizer = self.input
@@ -331,7 +306,7 @@ class ModuleQuantizers:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
             state.update(_weight_key=None, _weight_integers=None)
-        state.update(_aside={}, _calls=[], _kept_calls=deque(maxlen=_MOST_ASIDE))
+        state.update(_aside={}, reentrant=None)
         del state["handle"]
         return state
 

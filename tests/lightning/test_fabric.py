@@ -80,3 +80,14 @@ def test_trainer_plugin_is_a_fabric_plugin_too():
 def test_bad_arguments_at_construction():
     with pytest.raises(ValueError, match="bitwidth must be one of"):
         FabricCnmixPlugin(bitwidth=4)
+
+
+def test_rules(net):
+    rules = [{"modules": "fc1", "width": 16}, {"types": "Conv2d", "leave_out": True}]
+    model = start(FabricCnmixPlugin(rules=rules)).setup_module(net())
+    assert [fqn for fqn, _ in quantized_modules(model.module)] == ["fc1", "fc2"]
+    assert model.module.fc1.quantizers.config.max_bitwidth == 16
+    with pytest.raises(ValueError, match="neither leave_out nor a setting"):
+        FabricCnmixPlugin(rules=[{"modules": "fc1"}])
+    with pytest.raises(TypeError, match="rules must be a list"):
+        FabricCnmixPlugin(rules={"modules": "fc1", "width": 16})
