@@ -176,9 +176,11 @@ class ModuleQuantizers:
             return known
         if training and known is None and self._drawn is not None and self._draw_again(weight, key):
             return self.quantize_weight(weight, training)
-        with torch.inference_mode(False):  # or the next training step could not save them
-            quantized, found = quantizer.measured(weight, training, with_checksum=True)
-            integers = self._weight_layout(quantized)
+        if torch.is_inference_mode_enabled():  # an ordinary tensor, or the next training step could not save it
+            with torch.inference_mode(False):
+                return self.quantize_weight(weight, training)
+        quantized, found = quantizer.measured(weight, training, with_checksum=True)
+        integers = self._weight_layout(quantized)
         # Evaluation between micro-batches must not take away the integers that training drew at random.
         if integers.finite and rounding == quantizer.rounding(training=True):
             self._weight_key, self._weight_checksum, self._weight_integers = key, found.checksum, integers
