@@ -98,7 +98,8 @@ def initialize(
     for model in model_list:
         target = unwrap(model)
         known = _is_initialized(target, setup)
-        all_rules = (*_core_rules(target, explicit), *own_rules) if level.quantizes else own_rules
+        present_rules = RuleBook(target, own_rules).without_gone() if known else own_rules
+        all_rules = (*_core_rules(target, explicit), *present_rules) if level.quantizes else present_rules
         configs = level.check(target, config, all_rules)
         if not known:
             places[target] = place

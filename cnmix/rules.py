@@ -140,20 +140,29 @@ class RuleBook:
 
     def check(self) -> None:
         """Raises ValueError, with the nearest name, for a pattern or class that no module has."""
-        present = {each for classes in self._classes.values() for each in classes}
-        names = {each.__name__ for each in present}
         for rule in self.rules:
             for pattern in rule.modules:
-                if not any(_matches(fqn, pattern) for fqn in self._classes):
+                if not self._has_name(pattern):
                     near = difflib.get_close_matches(pattern, self._classes, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else "see the names in model.named_modules()"
                     raise ValueError(f"{_show(rule)}: no module is called {pattern!r}: {hint}")
             for kind in rule.types:
-                if kind not in names and kind not in present:
+                if not self._has_class(kind):
                     name = kind if isinstance(kind, str) else kind.__name__
+                    names = {each.__name__ for classes in self._classes.values() for each in classes}
                     near = difflib.get_close_matches(name, sorted(names), n=1)
                     hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
                     raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
+
+    def without_gone(self) -> tuple[Rule, ...]:
+        """Returns the rules without the patterns and classes that no module has, of a model that has been changed."""
+        rules = []
+        for rule in self.rules:
+            modules = tuple(pattern for pattern in rule.modules if self._has_name(pattern))
+            types = tuple(kind for kind in rule.types if self._has_class(kind))
+            if bool(modules) == bool(rule.modules) and bool(types) == bool(rule.types):
+                rules.append(dataclasses.replace(rule, modules=modules, types=types))
+        return tuple(rules)
 
     def why_left_out(self, module: nn.Module) -> str:
         """Returns why the module stays float32, or "" where it does not."""
@@ -179,6 +188,12 @@ class RuleBook:
             fqn = self._names[id(module)][0] or type(module).__name__
             raise ValueError(f"the rules for {fqn!r}: {error}") from error
 
+    def _has_name(self, pattern: str) -> bool:
+        return any(_matches(fqn, pattern) for fqn in self._classes)
+
+    def _has_class(self, kind: str | type) -> bool:
+        return any(kind is each or kind == each.__name__ for classes in self._classes.values() for each in classes)
+
     def _holds(self, rule: Rule, module: nn.Module) -> bool:
         if rule.small and not _is_small(module):
             return False
@@ -192,7 +207,7 @@ class RuleBook:
         parts = fqn.split(".") if fqn else []
         above = [".".join(parts[:count]) for count in range(len(parts) + 1)]
         classes = {each for name in above for each in self._classes.get(name, ())}
-        return any(kind in classes or kind in {each.__name__ for each in classes} for kind in types)
+        return not classes.isdisjoint(types) or not {each.__name__ for each in classes}.isdisjoint(types)
 
 
 def _is_small(module: nn.Module) -> bool:

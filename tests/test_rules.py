@@ -194,3 +194,13 @@ def test_prefix():
     rules = parse_rules([{"modules": ["a", "b.*"], "width": 8}, {"types": "Linear", "leave_out": True}])
     assert [rule.under("model.").modules for rule in rules] == [("model.a", "model.b.*"), ()]
     assert leave_out(["a"]) == (Rule(modules=("a",), leave_out=True),)
+
+
+def test_a_model_whose_modules_have_gone_is_initialized_again():
+    rules = [{"modules": ["head", "stem"], "width": 16}, {"modules": "head", "width": 8}]
+    model = converted(*rules)
+    model.head = nn.Identity()
+    model.blocks.append(nn.Linear(8, 8))
+    cnmix.initialize(model, None, rules=rules)
+    assert names(model) == [*ALL[:5], "blocks.3"]
+    assert model.stem.quantizers.config.max_bitwidth == 16
