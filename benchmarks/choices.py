@@ -10,9 +10,10 @@ import argparse
 import contextlib
 import copy
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -235,7 +236,10 @@ def main() -> None:
                         jobs["recipe", recipe, level, key, str(seed)] = pool.submit(
                             run_recipe, recipe, key, level, seed
                         )
-        results = {" ".join(name): job.result() for name, job in jobs.items()}
+        names = {job: " ".join(name) for name, job in jobs.items()}
+        for count, job in enumerate(as_completed(names), start=1):
+            print(f"{count} of {len(names)}: {names[job]}", file=sys.stderr, flush=True)
+        results = {name: job.result() for job, name in names.items()}
     save_json(args.output, {"benchmark": "choices", "machine": found, "results": results})
     for level in args.levels:
         rows = []
