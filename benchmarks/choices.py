@@ -148,6 +148,10 @@ CHOICES = {
     "stochastic": Choice("all operands stochastic", {"rounding": "stochastic"}),
     "wide_gradients": Choice("grad_output int16", _grad_output(width=16)),
     "saturation": Choice("saturation=0.001", {"saturation": 0.001}),
+    "rare": Choice("updates every 300 steps", {"mode": "fixed_interval", "interval": 300}),
+    "rare_saturation": Choice(
+        "the same, saturation=0.001", {"mode": "fixed_interval", "interval": 300, "saturation": 0.001}
+    ),
     "narrowing": Choice("narrowing=0.5", {"narrowing": 0.5}),
     "symmetric": Choice("symmetric, ±127 (prototype)", patch=symmetric),
     "per_channel": Choice("weights per channel (prototype)", patch=lambda: prototype(per_channel=True)),
