@@ -14,7 +14,7 @@ from ..config import Product
 from .functional import multiply
 from .products import ConvolutionGeometry
 from .quantizers import ModuleQuantizers
-from .recomputation import reentrant_checkpoint
+from .recomputation import reentrant_part
 
 
 class QuantizedModule(nn.Module):
@@ -43,8 +43,8 @@ class QuantizedModule(nn.Module):
             return self.training and torch.is_grad_enabled()
         if torch.is_grad_enabled():
             return True
-        self.quantizers.reentrant = reentrant_checkpoint()  # a training step's first pass, which runs without gradients
-        return self.quantizers.reentrant is not None
+        self.quantizers.reentrant_part = reentrant_part()  # a training step's first pass, which runs without gradients
+        return self.quantizers.reentrant_part is not None
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):

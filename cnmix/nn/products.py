@@ -15,7 +15,6 @@ from torch import Tensor
 from .. import kernels
 from ..fixed_point import FixedPoint
 from .quantizers import ModuleQuantizers
-from .recomputation import Call, current_backward
 
 
 class ConvolutionGeometry(NamedTuple):
@@ -37,7 +36,6 @@ class Saved(NamedTuple):
         weight_shape: of the weight.
         channels_last: whether a convolution's input had its channels side by side in memory.
         x_dtype: of the input, and of its gradient.
-        call: the forward pass, in training.
     """
 
     training: bool
@@ -46,7 +44,6 @@ class Saved(NamedTuple):
     weight_shape: Sequence[int]
     channels_last: bool
     x_dtype: torch.dtype
-    call: Call | None = None
 
 
 def forward_product(
@@ -63,7 +60,7 @@ def forward_product(
         The output in the dtype of ``x``, or the half type that the model computes in; both operands; and what else
         ``backward_products`` takes.
     """
-    qx, qw, call = quantizers.quantize(x, weight, training)
+    qx, qw = quantizers.quantize(x, weight, training)
     exact = quantizers.config.exact_int31
     dtype = quantizers.output_dtype or x.dtype
     channels_last = geometry is not None and kernels.has_channels_last(x)
@@ -77,7 +74,7 @@ def forward_product(
             qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact, dtype=dtype
         )
     # Not as a view, on which autograd refuses to work in place: a ReLU(inplace=True) may follow.
-    return y.data, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype, call)
+    return y.data, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype)
 
 
 def backward_products(
@@ -102,8 +99,6 @@ def backward_products(
         The gradients of input (in its dtype), weight and bias (float32; the bias's may have grad_output's dtype), each
         None where not wanted.
     """
-    if saved.call is not None:
-        saved.call.backward = current_backward()
     kept = grad_output.dim() - 1 if saved.geometry is None else 1
     if qx is None and qw is None:
         return None, None, kernels.channel_sums(grad_output, kept) if needs_bias else None

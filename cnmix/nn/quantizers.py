@@ -16,7 +16,7 @@ from .. import kernels
 from ..adaptive import OperandQuantizer, parse_operand_state
 from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..fixed_point import FixedPoint
-from .recomputation import Call, Calls, current_backward
+from .recomputation import Call, Calls, current_backward, part_of_hooks, reentrant_part, saved_tensor_hooks
 
 # Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
 _MOST_ASIDE = 64
@@ -32,20 +32,25 @@ _by_handle: weakref.WeakValueDictionary[int, ModuleQuantizers] = weakref.WeakVal
 class LatestInput:
     """The input that was quantized last in a model, which the next module may get as well (query, key and value).
 
-    Sharing its integers saves quantizing it again, and keeping it more than once for the backward passes.
+    Sharing its integers saves quantizing it again, and keeping it more than once for the backward passes. Like
+    autograd, it trusts the version counter of a tensor that an operation computed.
     """
 
     def __init__(self) -> None:
         self._latest: tuple[weakref.ref[Tensor], tuple[Any, ...], FixedPoint] | None = None
 
     def find(self, x: Tensor, form: tuple[Any, ...]) -> FixedPoint | None:
-        """Returns the integers of ``x`` in this form (version, width, position, rounding), where they are known."""
+        """Returns the integers of ``x`` in this form, where they are known."""
         latest = self._latest  # once: another thread may replace it
         return latest[2] if latest is not None and latest[0]() is x and latest[1] == form else None
 
     def keep(self, x: Tensor, form: tuple[Any, ...], integers: FixedPoint) -> None:
         """Takes the place of the one before."""
-        self._latest = weakref.ref(x), form, integers
+        self._latest = weakref.ref(x, self._forget), form, integers
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if self._latest is not None and self._latest[0] is gone:
+            self._latest = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_latest": None}
@@ -67,7 +72,8 @@ class ModuleQuantizers:
         fqn: fully qualified name of the module.
         product: "convolution" or "matmul".
         output_dtype: dtype of the module's output; None is that of its input.
-        reentrant: context of the reentrant checkpoint that the next forward pass is in, see ``recomputation``.
+        reentrant_part: the checkpointed part that the next forward pass is in, where that is its first pass and of the
+            reentrant kind; see ``recomputation``.
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
     """
 
@@ -95,7 +101,7 @@ class ModuleQuantizers:
         self._latest_input = latest_input or LatestInput()
         self._frozen = False
         self._calls = Calls()
-        self.reentrant: Any = None
+        self.reentrant_part: Any = None
         self.output_dtype: torch.dtype | None = None
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
@@ -205,29 +211,29 @@ class ModuleQuantizers:
         """Returns the weight's integers in the layout that the module's products want."""
         return kernels.to_channels_last(integers) if self.product == "convolution" else integers
 
-    def quantize(self, x: Tensor, weight: Tensor, training: bool) -> tuple[FixedPoint, FixedPoint, Call | None]:
-        """Quantizes the operands of a forward pass.
+    def quantize(self, x: Tensor, weight: Tensor, training: bool) -> tuple[FixedPoint, FixedPoint]:
+        """Quantizes input and weight of a forward pass.
 
-        A forward pass within a backward pass is one that activation checkpointing repeats: it counts no step, and
-        quantizes as its call did.
-
-        Returns:
-            Input, weight, and in training the call, for the backward pass to hold.
+        One that activation checkpointing repeats counts no step, and quantizes as the first one did.
         """
-        if training and current_backward() != -1:
-            call = self._calls.find()
-            if call is not None:
-                return self.input.repeated(x, *call.input), call.weight, call
-            state = self.input.state
-            again = self.input.repeated(x, state.bits, state.position, state.step)
-            return again, self.quantize_weight(weight, False), None
-        qx, qw = self._quantize_input(x, training), self.quantize_weight(weight, training)
         if not training:
-            return qx, qw, None
-        reentrant, self.reentrant = self.reentrant, None
-        call = Call((qx.bits, qx.position, self.input.state.step), qw, reentrant)
-        self._calls.add(call, keep=reentrant is not None)
-        return qx, qw, call
+            return self._quantize_input(x, False), self.quantize_weight(weight, False)
+        hooks, reentrant = saved_tensor_hooks(), self.reentrant_part
+        if hooks is None and reentrant is None and current_backward() == -1:  # nearly always
+            return self._quantize_input(x, True), self.quantize_weight(weight, True)
+        self.reentrant_part = None
+        repeated = current_backward() != -1
+        part = reentrant or (reentrant_part() if hooks is None else part_of_hooks(hooks, repeated))
+        if part is not None and repeated:
+            call = self._calls.next(part)
+            if call is not None:
+                return self.input.repeated(x, call.bits, call.position, call.step), call.weight
+            state = self.input.state  # a part within a part, which torch makes anew each time
+            return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False)
+        qx, qw = self._quantize_input(x, True), self.quantize_weight(weight, True)
+        if part is not None:
+            self._calls.add(part, Call(qx.bits, qx.position, self.input.state.step, qw))
+        return qx, qw
 
     def _quantize_input(self, x: Tensor, training: bool) -> FixedPoint:
         quantizer = self.input
@@ -236,15 +242,17 @@ class ModuleQuantizers:
         # anew behind the back of its version counter, by NumPy for one.
         if rounding == "stochastic" or x.grad_fn is None:
             return quantizer(x, training)
+        place = (x._version, x.data_ptr(), self.product, rounding)
         if not (training and quantizer.due):
-            known = self._latest_input.find(x, (x._version, quantizer.state.bits, quantizer.state.position, rounding))
+            known = self._latest_input.find(x, (*place, quantizer.state.bits, quantizer.state.position))
             if known is not None:
                 quantizer.count(known, training)
                 return known
         integers = quantizer(x, training)
+        if self.product == "convolution":
+            integers = kernels.to_channels_last(integers)  # once, for every product with it
         if integers.finite:
-            form = (x._version, integers.bits, quantizer.state.position, rounding)
-            self._latest_input.keep(x, form, integers)
+            self._latest_input.keep(x, (*place, integers.bits, quantizer.state.position), integers)
         return integers
 
     def put_aside(self, integers: tuple[Tensor, Tensor]) -> int:
@@ -308,7 +316,7 @@ class ModuleQuantizers:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
             state.update(_weight_key=None, _weight_integers=None)
-        state.update(_aside={}, reentrant=None)
+        state.update(_aside={}, reentrant_part=None)
         del state["handle"]
         return state
 

@@ -1,82 +1,78 @@
 """Forward passes that activation checkpointing repeats within a backward pass, and which calls they repeat.
 
 A repeated forward pass must quantize as the first one did: it counts no step, and takes the formats and random draws of
-its own call, whatever has moved since. In a part of a model that is checkpointed a module may be called several times,
-and there may be several such parts. Parts come back in reverse order, the calls within one in their own.
+its own call, whatever has moved since. A checkpointed part of a model may call a module several times, and there may be
+several parts, computed again in any order. So calls are kept with their part, as long as that is kept itself.
 
-Both kinds of checkpointing are recognised by what they leave to see: the kind that is not reentrant sets hooks for
-saved tensors, other ones for each part; the reentrant kind, whose first pass is without gradients, is on the stack.
+What stands for a part differs: the kind of checkpointing that is not reentrant has a frame, which its hooks for saved
+tensors hold in the first pass and again in the repeated one; the reentrant kind, whose first pass runs without
+gradients, has the context of its autograd function, which is on the stack both times.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
-from collections import deque
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils import checkpoint
 
 from ..fixed_point import FixedPoint
 
-# Calls of the reentrant kind to keep: no graph refers to them, and for some no backward pass may come.
-_MOST_KEPT = 64
+# Under these names the hooks of torch.utils.checkpoint hold the frame: in the first pass, and, weakly, in the repeated.
+_FIRST, _REPEATED = "frame", "target_frame_ref"
 
 
-class Call:
+class Call(NamedTuple):
     """One forward pass of a module in training.
 
     Attributes:
-        input: width and position of the input, and the step that numbers its random draws.
+        bits: width of the input.
+        position: of the input.
+        step: the step that numbers the input's random draws.
         weight: the integers of the weight.
-        part: what all calls in one checkpointed part have in common, and no others; None outside of checkpointing: the
-            hooks for saved tensors, or the context of the reentrant kind.
-        backward: id of the backward pass that has used the call, -1 before one has.
     """
 
-    __slots__ = ("__weakref__", "backward", "input", "part", "weight")
-
-    def __init__(self, input: tuple[int, int, int], weight: FixedPoint, reentrant: Any = None) -> None:
-        self.input = input
-        self.weight = weight
-        self.part = _hooks_in_force() if reentrant is None else reentrant
-        self.backward = -1
+    bits: int
+    position: int
+    step: int
+    weight: FixedPoint
 
 
 class Calls:
-    """The calls of a module that a backward pass may come for, in their order."""
+    """The calls of one module in checkpointed parts."""
 
     def __init__(self) -> None:
-        self._calls: list[weakref.ref[Call]] = []
-        self._kept: deque[Call] = deque(maxlen=_MOST_KEPT)
-        self._repeating: tuple[Any, Any] = (None, None)  # the part as it is repeated, and as it was
+        self._by_part: weakref.WeakKeyDictionary[Any, _Part] = weakref.WeakKeyDictionary()
 
-    def add(self, call: Call, keep: bool) -> None:
-        """Takes a call, which is known as long as something refers to it or, where it is to be kept, for many calls."""
-        self._calls = [reference for reference in self._calls if reference() is not None]
-        self._calls.append(weakref.ref(call))
-        if keep:
-            self._kept.append(call)
+    def add(self, part: Any, call: Call) -> None:
+        """Keeps a call of a first pass."""
+        self._by_part.setdefault(part, _Part()).calls.append(call)
 
-    def find(self) -> Call | None:
-        """Returns the call that this forward pass, within a backward pass, repeats; None where it is not known."""
-        backward = current_backward()
-        unused = [call for reference in self._calls if (call := reference()) is not None and call.backward != backward]
-        if not unused:
-            return None
-        now = _hooks_in_force() or reentrant_checkpoint()
-        if self._repeating[0] is not now:
-            parts = [call.part for call in unused]
-            self._repeating = now, now if now in parts else parts[-1]  # reentrant: the same in both passes
-        part = self._repeating[1]
-        found = unused[-1] if part is None else next((call for call in unused if call.part is part), unused[-1])
-        found.backward = backward
-        return found
+    def next(self, part: Any) -> Call | None:
+        """Returns the call that comes next as this part is repeated, None where it is not known."""
+        known = self._by_part.get(part)
+        return None if known is None else known.next(current_backward())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_calls": [], "_kept": deque(maxlen=_MOST_KEPT), "_repeating": (None, None)}
+        return {"_by_part": weakref.WeakKeyDictionary()}
+
+
+class _Part:
+    """The calls of one module in one part, in their order, and how far they have been repeated."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._backward, self._next = -1, 0
+
+    def next(self, backward: int) -> Call | None:
+        if backward != self._backward:  # a graph that is kept may be gone through again
+            self._backward, self._next = backward, 0
+        self._next += 1
+        return self.calls[self._next - 1] if self._next <= len(self.calls) else None
 
 
 def current_backward() -> int:
@@ -89,17 +85,30 @@ def saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def reentrant_checkpoint() -> Any:
-    """Returns the context of the reentrant checkpoint that is being computed, in its first pass or again; or None."""
-    codes = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
+def part_of_hooks(hooks: Any, repeated: bool) -> Any:
+    """Returns the part whose hooks these are, in its first or repeated pass; None for hooks of other kinds."""
+    pack = inspect.unwrap(hooks[0])
+    code, cells = getattr(pack, "__code__", None), getattr(pack, "__closure__", None)
+    if code is None or cells is None:
+        return None
+    name = _REPEATED if repeated else _FIRST
+    found = dict(zip(code.co_freevars, cells, strict=True)).get(name)
+    value = None if found is None else found.cell_contents
+    if repeated and isinstance(value, weakref.ref):
+        value = value()
+    return value if isinstance(value, checkpoint._CheckpointFrame) else None
+
+
+def reentrant_part() -> Any:
+    """Returns the part of the reentrant kind that is being computed, in its first pass or again; None outside of one.
+
+    A first pass whose inputs need no gradient is none: it runs under ``torch.no_grad``, or no backward pass follows.
+    """
+    first, again = checkpoint.CheckpointFunction.forward.__code__, checkpoint.CheckpointFunction.backward.__code__
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code in codes:
-            return frame.f_locals["ctx"]
+        if frame.f_code is again or frame.f_code is first:
+            context = frame.f_locals["ctx"]
+            return context if frame.f_code is again or any(context.needs_input_grad) else None
         frame = frame.f_back
     return None
-
-
-def _hooks_in_force() -> Any:
-    hooks = saved_tensor_hooks()
-    return None if hooks is None else weakref.ref(hooks[0])  # one object for one function, another once that is gone

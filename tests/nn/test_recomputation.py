@@ -1,5 +1,7 @@
 """Activation checkpointing around a module that is called several times: each call is repeated in its own format."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -107,14 +109,75 @@ def test_a_part_within_a_part():
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
-def test_calls_are_forgotten_with_their_graphs():
-    model = Repeated(2, MODES["reentrant"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_parts_whose_backward_passes_come_apart_and_in_any_order(mode, order):
+    gradients = []
+    for chosen in (None, MODES[mode]):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6)
+        cnmix.initialize(layer, None, max_bitwidth=8)
+        inputs = [scale * torch.randn(5, 6).requires_grad_() for scale in (1.0, 1000.0)]
+        outputs = [layer(x) if chosen is None else checkpoint(layer, x, **chosen) for x in inputs]
+        for number in order:
+            outputs[number].square().sum().backward()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_calls_in_one_part(mode):
+    gradients = []
+    for chosen in (None, MODES[mode]):
+        model = Repeated(150, chosen, count=150)
+        model.part = lambda x, start, layer=model.layer: [
+            x := torch.tanh(layer(x * (1 + number % 7))) for number in range(150)
+        ][-1]
+        cnmix.initialize(model, None, max_bitwidth=8)
+        train(model, 1)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backward", [True, False])
+def test_calls_are_forgotten_with_their_graphs(mode, backward):
+    model = Repeated(2, MODES[mode])
     cnmix.initialize(model, None)
-    train(model, 3)
-    for _, module in quantized_modules(model):
-        assert sum(call() is not None for call in module.quantizers._calls._calls) <= 64
+    if backward:
+        train(model, 3)
+    else:
+        for _ in range(3):
+            model(torch.randn(2, 6))
+    gc.collect()
+    assert not model.layer.quantizers._calls._by_part
     plain = Repeated(2)
     cnmix.initialize(plain, None)
-    train(plain, 3)
-    plain(torch.zeros(1, 6))
-    assert len(plain.first.quantizers._calls._calls) <= 2
+    y = plain(torch.randn(2, 6))
+    assert not plain.layer.quantizers._calls._by_part
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_part_without_gradients_counts_nothing(mode):
+    layer = nn.Linear(6, 6)
+    cnmix.initialize(layer, None)
+    with torch.no_grad():
+        checkpoint(layer, torch.randn(2, 6), **MODES[mode])
+    assert layer.quantizers.input.state.step == 0
+
+
+def test_other_hooks_for_saved_tensors():
+    layer = nn.Linear(6, 6)
+    cnmix.initialize(layer, None)
+    x = torch.randn(2, 6)
+    for hooks in (
+        torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+        torch.autograd.graph.save_on_cpu(),
+    ):
+        with hooks:
+            y = layer(x)
+        y.sum().backward()
+    assert layer.quantizers.input.state.step == 3
