@@ -64,7 +64,7 @@ def initialize(
             ``{"types": "Conv2d", "operands": "grad_output", "rounding": "stochastic"}``, ``{"small": True,
             "leave_out": True}``; see ``cnmix.rules.Rule``. A later rule goes over an earlier one.
         **settings: any other field of ``cnmix.QuantizeConfig``: mode, interval, quantify_rate, threshold, alpha, beta,
-            gamma, delta, error_measure, rounding, online, exact_int31.
+            gamma, delta, error_measure, rounding, online, saturation, narrowing, exact_int31.
 
     Returns:
         ``(models, optimizers)`` as given.
@@ -85,6 +85,8 @@ def initialize(
             raise TypeError(
                 f"initialize takes a torch optimizer, a list of them or None, got {type(optimizer).__name__}"
             )
+    model_list = list(dict.fromkeys(unwrap(model) for model in model_list))
+    optimizer_list = list({id(optimizer): optimizer for optimizer in optimizer_list}.values())
     given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch, **settings}
     config = level.configure({name: value for name, value in given.items() if value is not None})
     activations = level.choose_activations(activation_dtype)
@@ -93,37 +95,37 @@ def initialize(
     setup = Setup(level, config, own_rules, activations)
     # What cnmix.core was told before goes under the rules, except where a keyword says otherwise.
     explicit = {name for name, value in given.items() if value is not None}
-    place = len(registry.models)
-    to_convert, places = {}, {}
+    to_convert: dict[nn.Module, tuple[Rule, ...]] = {}
+    new_models: list[nn.Module] = []
     for model in model_list:
-        target = unwrap(model)
-        known = _is_initialized(target, setup)
-        present_rules = RuleBook(target, own_rules).without_gone() if known else own_rules
-        all_rules = (*_core_rules(target, explicit), *present_rules) if level.quantizes else present_rules
-        configs = level.check(target, config, all_rules)
+        known = _is_initialized(model, setup)
+        present_rules = RuleBook(model, own_rules).without_gone() if known else own_rules
+        core_rules = _core_rules(model, explicit) if level.quantizes else []
+        all_rules = (*core_rules, *present_rules)
+        configs = level.check(model, config, all_rules)
         if not known:
-            places[target] = place
-            _check_waiting(target, configs, registry.waiting_models.get(place))
-            place += 1
-            if level.quantizes and not configs and not any(quantized_modules(target)):
-                logger.warning("no Linear or convolution to convert in %s", type(target).__name__)
+            _check_parts(model, setup, all_rules)
+            _check_waiting(model, configs, registry.waiting_models[len(new_models) :][:1])
+            new_models.append(model)
+            if level.quantizes and not configs and not any(quantized_modules(model)):
+                which = "left of" if any(is_convertible(module) for module in model.modules()) else "in"
+                logger.warning("no Linear or convolution to convert %s %s", which, type(model).__name__)
         if configs or not known:  # of a model that was initialized before, modules that came since
-            to_convert[target] = all_rules
+            to_convert[model] = all_rules
     new_optimizers, scalers = _new_scalers(optimizer_list, scale, num_losses, loss_scale)
 
     # Everything has been checked; from here on things change.
-    for target, all_rules in to_convert.items():
-        level.apply(target, config, all_rules, activations)
-        _report_small(target, own_rules)
+    for model, its_rules in to_convert.items():
+        level.apply(model, config, its_rules, activations)
+        _report_small(model, own_rules)
     for model in model_list:
-        name_modules(unwrap(model))
-    for target in places:
-        registry.models[target] = setup
-        waiting = registry.waiting_models.pop(places[target], None)
-        if waiting is not None:
-            load_model_state(target, waiting)
+        name_modules(model)
+    for model in new_models:
+        registry.models[model] = setup
+        if registry.waiting_models:
+            load_model_state(model, registry.waiting_models.pop(0))
     for optimizer, own_scalers in zip(new_optimizers, scalers, strict=True):
-        registry.waiting_scalers.pop(len(registry.optimizers), None)
+        del registry.waiting_scalers[:1]
         registry.optimizers[optimizer] = own_scalers
         attach_scalers(optimizer, own_scalers)
     return models, optimizers
@@ -157,7 +159,7 @@ def scale_loss(loss: Tensor, optimizers: Any, loss_id: int = 0) -> Iterator[Tens
         The tensor to call ``backward()`` on.
 
     Raises:
-        RuntimeError: if an optimizer was not initialized.
+        RuntimeError: if an optimizer was not initialized, or the block is within another one of it.
         ValueError: if several optimizers have different scales, or there is no such loss.
     """
     optimizer_list = _as_list(optimizers)
@@ -178,14 +180,23 @@ def scale_loss(loss: Tensor, optimizers: Any, loss_id: int = 0) -> Iterator[Tens
     scale = scalers[0].scale
     if any(scaler.scale != scale for scaler in scalers):
         raise ValueError("scale_loss got optimizers with different loss scales: scale a loss for each of them")
+    if scale != 1.0 and any(scaler.active for own in all_scalers for scaler in own):
+        raise RuntimeError(
+            "scale_loss within scale_loss of the same optimizer: the gradients of one would get the scale of the "
+            "other. Add the losses, or give them one block after the other"
+        )
     # Where another loss overflowed in this step, its gradients say nothing of this one.
     blamed = any(scaler.overflow for own in all_scalers for scaler in own if scaler not in scalers)
     if scale != 1.0:  # what accumulated so far is brought to the scale of what will be added
         for gradient in gradients_of(optimizer_list):
             gradient.mul_(scale)
+    for scaler in scalers:
+        scaler.active = True
     try:
         yield loss if scale == 1.0 else loss * scale
     finally:
+        for scaler in scalers:
+            scaler.active = False
         scalers[0].unscale(gradients_of(optimizer_list), look_for_overflow=not blamed)
         for scaler in scalers[1:]:
             scaler.overflow |= scalers[0].overflow
@@ -232,24 +243,51 @@ def _new_scalers(
                 f"this {type(optimizer).__name__} was initialized before, with num_losses={len(before)} and not "
                 f"{num_losses}: initialize a fresh optimizer"
             )
+    LossScaler(scale)  # refuses a wrong one where there is no optimizer, too
     new = [optimizer for optimizer in optimizers if not scalers_of(optimizer)]
     scalers = [[LossScaler(scale) for _ in range(num_losses)] for _ in new]
-    for place, own in enumerate(scalers, start=len(registry.optimizers)):
-        if place in registry.waiting_scalers:
-            check_scalers(own, registry.waiting_scalers[place])
-            for scaler, saved in zip(own, registry.waiting_scalers[place], strict=True):
-                scaler.load_state_dict(saved)
+    for own, waiting in zip(scalers, registry.waiting_scalers, strict=False):
+        check_scalers(own, waiting)
+        for scaler, saved in zip(own, waiting, strict=True):
+            scaler.load_state_dict(saved)
     return new, scalers
 
 
-def _check_waiting(model: nn.Module, configs: Mapping[str, OperandConfigs], waiting: Mapping[str, Any] | None) -> None:
+def _check_waiting(
+    model: nn.Module, configs: Mapping[str, OperandConfigs], waiting: Sequence[Mapping[str, Any]]
+) -> None:
     """Refuses a state that waits for this model and does not fit it."""
-    if waiting is None:
-        return
-    present = {fqn: module.quantizers.configs for fqn, module in quantized_modules(model)} | dict(configs)
-    check_names_fit(type(model).__name__, set(present), waiting)
-    for fqn in sorted(present):
-        check_widths(waiting["modules"][fqn], fqn, present[fqn])
+    for state in waiting:
+        present = {fqn: module.quantizers.configs for fqn, module in quantized_modules(model)} | dict(configs)
+        if state["strict"]:
+            try:
+                check_names_fit(type(model).__name__, set(present), state)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (it was loaded before and waits for this model; to drop it: "
+                    "cnmix.load_state_dict(cnmix.state_dict()))"
+                ) from error
+        for fqn in sorted({*present} & {*state["modules"]}):
+            check_widths(state["modules"][fqn], fqn, present[fqn])
+
+
+def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
+    """Refuses rules without effect, and a model with parts that another call converted with other settings."""
+    book, parts = RuleBook(model, rules), dict(quantized_modules(model))
+    convertible = [module for module in model.modules() if is_convertible(module)]
+    if setup.level.quantizes:
+        book.check_effect([*convertible, *parts.values()])
+    for fqn, module in parts.items():
+        now, asked = module.quantizers.configs, book.configure(module, setup.config)
+        half = None if setup.activations == torch.float32 else setup.activations
+        same = setup.level.quantizes and not book.why_left_out(module) and module.quantizers.output_dtype == half
+        for operand in now:  # the steps in an epoch may have been told later
+            same &= now[operand] == asked[operand].replace(steps_per_epoch=now[operand].steps_per_epoch)
+        if not same:
+            raise ValueError(
+                f"{fqn!r} of this {type(model).__name__} was initialized before, with other settings: initialize the "
+                "model once, as a whole, or make it float again with cnmix.dequantize(model)"
+            )
 
 
 def _core_rules(model: nn.Module, explicit: set[str]) -> list[Rule]:

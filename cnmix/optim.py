@@ -33,6 +33,7 @@ class LossScaler:
         steps_without_overflow: since the scale changed.
         overflow: whether gradients of this loss were not finite since the last step.
         pending: whether this loss took part since the last step.
+        active: whether a block of ``scale_loss`` is open.
 
     Args:
         scale: a positive finite factor, or "dynamic".
@@ -52,6 +53,7 @@ class LossScaler:
         self.steps_without_overflow = 0
         self.overflow = False
         self.pending = False
+        self.active = False
 
     def unscale(self, gradients: list[Tensor], look_for_overflow: bool = True) -> None:
         """Divides gradients by the scale in place; a dynamic scale also looks for overflow in them."""

@@ -97,7 +97,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
     converted = any(quantized_modules(model))
     setup = registry.models.get(unwrap(model))
     # Of a copy or a part of a model that was initialized the rules are not known.
-    left_out = RuleBook(model, setup.rules).why_left_out if setup else lambda module: "left out"
+    left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         shape = shapes.get(fqn)

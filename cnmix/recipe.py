@@ -178,7 +178,7 @@ def _check_level(recipe: DictConfig, name: str) -> None:
     level = find_level(name)
     level.configure(fixed_point_settings(recipe))
     level.choose_activations(recipe.cnmix.activation_dtype)
-    recipe_rules(recipe)
+    level.check_rules(recipe_rules(recipe))
 
 
 def choose_levels(recipe: DictConfig, compare: bool, levels: Sequence[str]) -> list[str]:

@@ -37,15 +37,15 @@ class Registry:
         models: live models in the order of their initialization.
         optimizers: live optimizers with the scalers of their losses, likewise.
         settings: what ``cnmix.core`` was told before a model was there, by kind of product.
-        waiting_models: states given to ``load_state_dict`` before the models they belong to, by place.
-        waiting_scalers: likewise of an optimizer's loss scales.
+        waiting_models: states given to ``load_state_dict`` before the models they belong to, which take them in order.
+        waiting_scalers: likewise of each optimizer's loss scales.
     """
 
     models: WeakKeyDictionary[nn.Module, Setup] = field(default_factory=WeakKeyDictionary)
     optimizers: WeakKeyDictionary[Any, list[LossScaler]] = field(default_factory=WeakKeyDictionary)
     settings: dict[Product, dict[str, Any]] = field(default_factory=lambda: {"convolution": {}, "matmul": {}})
-    waiting_models: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    waiting_scalers: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
+    waiting_models: list[Mapping[str, Any]] = field(default_factory=list)
+    waiting_scalers: list[list[Mapping[str, Any]]] = field(default_factory=list)
 
 
 registry = Registry()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .config import OPERANDS, QuantizeConfig, check_names
 
@@ -50,7 +51,8 @@ class Rule:
     def __post_init__(self) -> None:
         for name in ("modules", "types", "operands"):
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, (list, tuple)) else (value,))
+            several = isinstance(value, Iterable) and not isinstance(value, (str, type))
+            object.__setattr__(self, name, tuple(value) if several else (value,))
         for name in ("small", "leave_out"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"a rule's {name} must be True or False, got {getattr(self, name)!r}")
@@ -69,6 +71,8 @@ class Rule:
             settings["bitwidth"] = settings["max_bitwidth"] = settings.pop("width")
         known = [each.name for each in dataclasses.fields(QuantizeConfig)]
         check_names(settings, known, "setting in a rule:")
+        for name, value in settings.items():
+            QuantizeConfig().replace(**{name: value})  # each by itself; how they go together depends on the level
         object.__setattr__(self, "settings", settings)
         if self.leave_out and (settings or self.operands):
             raise ValueError(
@@ -116,8 +120,8 @@ def leave_out(names: Sequence[str]) -> tuple[Rule, ...]:
     Raises:
         TypeError: for a string where a list of names is meant.
     """
-    if isinstance(names, str):
-        raise TypeError(f"exclude must be a list of module names, got the string {names!r}: write [{names!r}]")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"exclude must be a list of module names, got {names!r}: write [{names!r}]")
     return tuple(Rule(modules=(name,), leave_out=True) for name in names)
 
 
@@ -153,6 +157,16 @@ class RuleBook:
                     near = difflib.get_close_matches(name, sorted(names), n=1)
                     hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
                     raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
+
+    def check_effect(self, convertible: Iterable[nn.Module]) -> None:
+        """Raises ValueError for a rule with settings that holds for no module in fixed point; one by size may."""
+        chosen = [module for module in convertible if not self.why_left_out(module)]
+        for rule in self.rules:
+            if not rule.leave_out and not rule.small and not any(self._holds(rule, module) for module in chosen):
+                raise ValueError(
+                    f"{_show(rule)}: of what it chooses nothing computes in fixed point: it is no Linear or "
+                    "convolution, or left out by another rule"
+                )
 
     def without_gone(self) -> tuple[Rule, ...]:
         """Returns the rules without the patterns and classes that no module has, of a model that has been changed."""
@@ -211,7 +225,9 @@ class RuleBook:
 
 
 def _is_small(module: nn.Module) -> bool:
-    # Not from the weight: a parametrization would compute it.
+    # Not from the weight: a parametrization would compute it, and a lazy module has none yet.
+    if isinstance(module, LazyModuleMixin):
+        return False
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features < SMALL_WEIGHTS
     if isinstance(module, nn.modules.conv._ConvNd):

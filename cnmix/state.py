@@ -76,6 +76,8 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None, *,
         placed = list(zip(present, state["models"], strict=False))
         scalers = list(zip(registry.optimizers.values(), state["loss_scalers"], strict=False))
         lines = [f"without a state: the model {type(each).__name__}" for each in present[len(placed) :]]
+        without = list(registry.optimizers)[len(scalers) :]
+        lines += [f"without a loss scale: the optimizer {type(each).__name__}" for each in without]
     for each, saved in placed:
         lines += _check_fits(each, saved, strict)
     for own, saved_scales in scalers:
@@ -90,11 +92,13 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None, *,
     for line in lines:
         logger.warning("loading a cnmix state: %s", line)
     if model is None:
-        registry.waiting_models = dict(list(enumerate(state["models"]))[len(placed) :])
-        registry.waiting_scalers = dict(list(enumerate(state["loss_scalers"]))[len(scalers) :])
-        waits = [f"a model with {some(set(each['modules']))}" for each in registry.waiting_models.values()]
+        registry.waiting_models = [{**each, "strict": strict} for each in state["models"][len(placed) :]]
+        registry.waiting_scalers = state["loss_scalers"][len(scalers) :]
+        waits = [f"a model with {some(set(each['modules']))}" for each in registry.waiting_models]
         waits += ["the loss scales of an optimizer"] * len(registry.waiting_scalers)
-        lines += [f"waiting for cnmix.initialize: the state of {what}" for what in waits]
+        for what in waits:
+            lines.append(f"waiting for cnmix.initialize: the state of {what}")
+            logger.info("loading a cnmix state: %s", lines[-1])
     return lines
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from . import checkpoint
+from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
 from .lightning import CnmixPlugin
+from .nn.quantizers import check_widths
 from .recipe import (
     build_model,
     build_optimizer,
@@ -239,15 +241,17 @@ def train(
     return result, task.model
 
 
-def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> list[str]:
-    """Returns the modules that training at this level computes in fixed point; raises where it could not."""
+def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> Mapping[str, OperandConfigs]:
+    """Returns what training at this level computes in fixed point, with its settings; raises where it could not."""
     level = find_level(name)
     if not level.quantizes:  # the baseline, which the recipe's settings are not for
-        return []
-    return list(level.check(model, level.configure(fixed_point_settings(recipe)), recipe_rules(recipe)))
+        return {}
+    return level.check(model, level.configure(fixed_point_settings(recipe)), recipe_rules(recipe))
 
 
-def _check_resumable(file: Path, model: nn.Module, modules: list[str], level: str, epochs: int) -> None:
+def _check_resumable(
+    file: Path, model: nn.Module, modules: Mapping[str, OperandConfigs], level: str, epochs: int
+) -> None:
     """Refuses a checkpoint that training cannot go on from: not Lightning's, of another network or level, or done."""
     saved = read_checkpoint(file)
     if saved.get("epoch") is None:
@@ -258,6 +262,8 @@ def _check_resumable(file: Path, model: nn.Module, modules: list[str], level: st
         raise ValueError(f"{file} was trained at {before} and not {level}: go on with cnmix.opt_level={before}")
     states = saved["cnmix"]["models"] or [{"modules": {}}]
     check_names_fit(type(model).__name__, set(modules), states[0])
+    for fqn, configs in modules.items():
+        check_widths(states[0]["modules"][fqn], fqn, configs)
     if saved["epoch"] + 1 >= epochs:
         raise ValueError(f"{file} has trained {saved['epoch'] + 1} epochs already: give more with epochs=")
 

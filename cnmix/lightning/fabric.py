@@ -57,6 +57,7 @@ class FabricCnmixPlugin(Precision):
         # Refuse bad settings where the plugin is written, not when training starts.
         level = find_level(opt_level)
         level.configure(self.settings)
+        level.check_rules(self.rules)
         self.activation_dtype = activation_dtype
         self._activations = level.choose_activations(activation_dtype)
         self._module: Module | None = None

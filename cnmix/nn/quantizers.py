@@ -52,8 +52,8 @@ class LatestInput:
         if self._latest is not None and self._latest[0] is gone:
             self._latest = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_latest": None}
+    def __reduce__(self) -> tuple[type[LatestInput], tuple[()]]:
+        return LatestInput, ()
 
 
 class ModuleQuantizers:

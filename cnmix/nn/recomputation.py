@@ -57,8 +57,8 @@ class Calls:
         known = self._by_part.get(part)
         return None if known is None else known.next(current_backward())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_by_part": weakref.WeakKeyDictionary()}
+    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:  # a copy has no graphs
+        return Calls, ()
 
 
 class _Part:

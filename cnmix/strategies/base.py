@@ -82,19 +82,25 @@ class Strategy:
         return "dynamic" if activations == torch.float16 else 1.0
 
     @classmethod
+    def check_rules(cls, rules: Sequence[Rule]) -> None:
+        """Raises ValueError for rules that this level has no use for, whatever the model."""
+        if not cls.quantizes and any(not rule.leave_out for rule in rules):
+            raise ValueError(
+                f"opt_level {cls.name!r} keeps every product in float32, so a rule with settings would have no "
+                "effect: take 'O1', or leave it away"
+            )
+
+    @classmethod
     def check(cls, model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule]) -> dict[str, OperandConfigs]:
         """Returns the settings of the operands of each module that ``apply`` would convert, by its name.
 
         Raises where ``apply`` would, and changes nothing.
         """
-        if not cls.quantizes:
-            if any(not rule.leave_out for rule in rules):
-                raise ValueError(
-                    f"opt_level {cls.name!r} keeps every product in float32, so a rule with settings would have no "
-                    "effect: take 'O1', or leave it away"
-                )
-            return {}
+        cls.check_rules(rules)
         book = RuleBook(model, rules)
+        book.check()
+        if not cls.quantizes:
+            return {}
         return {fqn: book.configure(module, config) for fqn, module in convertible_modules(model, rules).items()}
 
     @classmethod

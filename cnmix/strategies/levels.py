@@ -67,11 +67,14 @@ def register_level(level: type[Strategy]) -> type[Strategy]:
     """Adds a level of one's own, so that ``opt_level`` finds it; usable as a decorator.
 
     Raises:
-        TypeError: if it is no subclass of ``Strategy``.
+        TypeError: if it is no subclass of ``Strategy``, or lacks one of its attributes.
         ValueError: if its name is taken by another class.
     """
     if not (isinstance(level, type) and issubclass(level, Strategy)):
         raise TypeError(f"a level is a subclass of cnmix.strategies.Strategy, got {level!r}")
+    for name, kind in (("name", str), ("summary", str), ("quantizes", bool)):
+        if not isinstance(getattr(level, name, None), kind):
+            raise TypeError(f"the level {level.__name__} must have a {kind.__name__} called {name}")
     before = LEVELS.get(level.name)
     if before is not None and before.__qualname__ != level.__qualname__:
         raise ValueError(f"there is an opt_level {level.name!r} already: choose another name")

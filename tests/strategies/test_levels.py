@@ -106,8 +106,16 @@ def test_a_level_of_ones_own(own_level):
 def test_a_name_that_is_taken_and_what_is_no_level():
     class Other(Strategy):
         name = "O1"
+        summary = "another"
+        quantizes = True
+
+    class Unfinished(Strategy):
+        name = "unfinished"
+        summary = "says not whether it quantizes"
 
     with pytest.raises(ValueError, match="choose another name"):
         register_level(Other)
+    with pytest.raises(TypeError, match="Unfinished must have a bool called quantizes"):
+        register_level(Unfinished)
     with pytest.raises(TypeError, match="subclass"):
         register_level(nn.Linear)
