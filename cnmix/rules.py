@@ -15,10 +15,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .config import OPERANDS, QuantizeConfig, check_names
 
-# A Linear or convolution that multiplies by fewer weights than this (per group) gains nothing from integers: quantizing
-# and calling take longer than its float32 product. Measured: see docs/choices.md.
-SMALL_WEIGHTS = 128 * 128
-
+# With fewer weights (per group), integers gain nothing: quantizing and calling take longer than the float32 product.
+# A convolution multiplies its weights with many positions, a Linear often with few rows. Measured: docs/levels.md.
+SMALL_LINEAR = 128 * 128
+SMALL_CONVOLUTION = 64 * 64
 TOO_SMALL = "too small to gain"
 
 # Of the settings, these belong to a product, and so to all of its operands.
@@ -35,7 +35,8 @@ class Rule:
     Attributes:
         modules: patterns of fully qualified names, of which one must match; a name covers all below it. Empty: any.
         types: names of classes, or classes, of which the module or one that it is in must be one. Empty: any.
-        small: only modules whose weights, per group, are fewer than ``SMALL_WEIGHTS``: too small to gain.
+        small: only modules with fewer weights, per group, than ``SMALL_LINEAR`` or ``SMALL_CONVOLUTION``: too small to
+            gain.
         operands: the operands that the settings are for. Empty: all three.
         leave_out: leave the modules in float32.
         settings: fields of ``cnmix.QuantizeConfig``; ``width`` sets ``bitwidth`` and ``max_bitwidth`` to one value.
@@ -229,10 +230,10 @@ def _is_small(module: nn.Module) -> bool:
     if isinstance(module, LazyModuleMixin):
         return False
     if isinstance(module, nn.Linear):
-        return module.in_features * module.out_features < SMALL_WEIGHTS
+        return module.in_features * module.out_features < SMALL_LINEAR
     if isinstance(module, nn.modules.conv._ConvNd):
         per_group = module.in_channels * module.out_channels // module.groups**2
-        return per_group * math.prod(module.kernel_size) < SMALL_WEIGHTS
+        return per_group * math.prod(module.kernel_size) < SMALL_CONVOLUTION
     return False
 
 

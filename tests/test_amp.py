@@ -348,3 +348,96 @@ def test_second_call_for_another_model_keeps_the_optimizers_loss_scale(net):
     cnmix.initialize(first, optimizer, loss_scale=64.0)
     cnmix.initialize(second, optimizer)
     assert cnmix.state_dict()["loss_scalers"][0][0]["scale"] == 64.0
+
+
+def test_the_same_object_twice_is_one(net, step):
+    model = net()
+    optimizer = sgd(model)
+    cnmix.initialize(model, optimizer, loss_scale="dynamic")
+    step(model, optimizer)
+    state = cnmix.state_dict()
+    del model, optimizer
+    gc.collect()
+    model = net()
+    optimizer = sgd(model)
+    assert len(cnmix.load_state_dict(state)) == 2
+    wrapped = nn.DataParallel(model)
+    cnmix.initialize([model, model, wrapped], [optimizer, optimizer], loss_scale="dynamic")
+    assert cnmix.state_dict() == state
+    step(model, optimizer)
+    assert cnmix.state_dict()["loss_scalers"][0][0]["steps_without_overflow"] == 2
+
+
+def test_a_state_that_waits_for_another_model_can_be_dropped(net, caplog):
+    other = nn.Sequential(nn.Linear(3, 3))
+    cnmix.initialize(other)
+    state = cnmix.state_dict()
+    del other
+    gc.collect()
+    with caplog.at_level("INFO"):
+        cnmix.load_state_dict(state)
+    assert "waiting for cnmix.initialize: the state of a model with '0'" in caplog.text
+    with pytest.raises(ValueError, match=r"to drop it: cnmix\.load_state_dict\(cnmix\.state_dict\(\)\)"):
+        cnmix.initialize(net())
+    cnmix.load_state_dict(cnmix.state_dict())
+    cnmix.initialize(net())
+
+
+def test_strict_loading_is_remembered_by_what_waits(net, step):
+    model = net()
+    optimizer = sgd(model)
+    cnmix.initialize(model, optimizer)
+    step(model, optimizer)
+    state = {**cnmix.state_dict(), "loss_scalers": []}
+    del model, optimizer
+    gc.collect()
+    cnmix.load_state_dict(state, strict=False)
+    model = net()
+    cnmix.initialize(model, exclude=["conv"])
+    assert model.fc1.quantizers.input.state.step == 1
+
+
+def test_an_optimizer_without_a_saved_scale_is_reported(net):
+    model = net()
+    optimizer = sgd(model)
+    cnmix.initialize(model, optimizer)
+    state = {**cnmix.state_dict(), "loss_scalers": []}
+    assert cnmix.load_state_dict(state) == ["without a loss scale: the optimizer SGD"]
+
+
+def test_parts_that_were_initialized_otherwise(net):
+    for first, then, changes in (
+        ({}, {"max_bitwidth": 8}, "fc1"),
+        ({}, {"exclude": ["fc1"]}, "fc1"),
+        ({}, {"rules": [{"modules": "fc1", "width": 16}]}, "fc1"),
+        ({"opt_level": "O2"}, {"max_bitwidth": 16}, "fc1"),
+        ({}, {"opt_level": "O0"}, "fc1"),
+    ):
+        model = net()
+        cnmix.initialize(model.fc1, None, **first)
+        with pytest.raises(ValueError, match=f"'{changes}' of this Net was initialized before, with other settings"):
+            cnmix.initialize(model, None, **then)
+        assert type(model.conv) is nn.Conv2d
+    model = net()
+    cnmix.initialize(model.fc1, None, steps_per_epoch=3)
+    cnmix.initialize(model, None, steps_per_epoch=5)
+
+
+def test_scaling_within_scaling_is_refused(net):
+    model = net()
+    optimizer = sgd(model)
+    cnmix.initialize(model, optimizer, loss_scale=8.0, num_losses=2)
+    with (
+        cnmix.scale_loss(torch.ones(()), optimizer),
+        pytest.raises(RuntimeError, match="within scale_loss of the same optimizer"),
+        cnmix.scale_loss(torch.ones(()), optimizer, loss_id=1),
+    ):
+        pass
+    with cnmix.scale_loss(torch.ones(()), optimizer, loss_id=1):  # the other block has ended
+        pass
+
+
+@pytest.mark.parametrize("scale", ["banana", -3, 0])
+def test_a_wrong_loss_scale_without_an_optimizer(net, scale):
+    with pytest.raises(ValueError, match="loss_scale must be"):
+        cnmix.initialize(net(), None, loss_scale=scale)

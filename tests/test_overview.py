@@ -76,3 +76,12 @@ def test_dequantize_of_a_transformer_layer_restores_its_fast_path():
     assert layer.activation_relu_or_gelu == 0
     cnmix.dequantize(layer)
     assert layer.activation_relu_or_gelu == before
+
+
+def test_a_wrapped_model_says_the_same():
+    model = net()
+    cnmix.initialize(model, None, exclude=["5"])
+    model.append(nn.Linear(10, 10))
+    expected = [row.reason for row in cnmix.summary(model).rows]
+    assert expected[-2:] == ["left out", "came after initialize: call it again"]
+    assert [row.reason for row in cnmix.summary(nn.DataParallel(model)).rows] == expected

@@ -2,11 +2,12 @@ import logging
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 import cnmix
 from cnmix.nn import quantized_modules
-from cnmix.rules import SMALL_WEIGHTS, Rule, leave_out, parse_rules
+from cnmix.rules import SMALL_CONVOLUTION, SMALL_LINEAR, Rule, leave_out, parse_rules
 
 
 class Attention(nn.Module):
@@ -124,14 +125,25 @@ def test_small_layers_are_left_out_and_named(caplog):
     class Wide(nn.Sequential):
         pass
 
-    side = int(SMALL_WEIGHTS**0.5)
-    model = Wide(nn.Linear(side, side), nn.Linear(side, side - 1), nn.Conv2d(64, 64, 16, groups=64), nn.Linear(9, 9))
+    side, channels = int(SMALL_LINEAR**0.5), SMALL_CONVOLUTION // 4
+    model = Wide(
+        nn.Linear(side, side),
+        nn.Linear(side, side - 1),
+        nn.Conv2d(64, 64, 16, groups=64),
+        nn.Linear(9, 9),
+        nn.Conv2d(1, channels, 2),
+        nn.Conv2d(1, channels - 1, 2),
+    )
     with caplog.at_level(logging.WARNING):
         cnmix.initialize(model, None, rules=[{"small": True, "leave_out": True}], exclude=["3"])
-    assert names(model) == ["0"]
-    assert "too small to gain, left in float32: '1', '2'" in caplog.text
+    assert names(model) == ["0", "4"]
+    assert "too small to gain, left in float32: '1', '2', '5'" in caplog.text
     reasons = {row.fqn: row.reason for row in cnmix.summary(model).rows}
-    assert reasons == {"0": "", "1": "too small to gain", "2": "too small to gain", "3": "left out"}
+    assert reasons == {
+        **dict.fromkeys("04", ""),
+        **dict.fromkeys("125", "too small to gain"),
+        "3": "left out",
+    }
 
 
 @pytest.mark.parametrize(
@@ -204,3 +216,34 @@ def test_a_model_whose_modules_have_gone_is_initialized_again():
     cnmix.initialize(model, None, rules=rules)
     assert names(model) == [*ALL[:5], "blocks.3"]
     assert model.stem.quantizers.config.max_bitwidth == 16
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"modules": "blocks.1", "width": 16}, {"types": "ReLU", "threshold": 0.1}, {"modules": "head", "width": 16}],
+)
+def test_a_rule_that_could_have_no_effect_is_refused(rule):
+    model = Net()
+    with pytest.raises(ValueError, match="nothing computes in fixed point"):
+        cnmix.initialize(model, None, exclude=["head"], rules=[rule])
+    assert names(model) == []
+
+
+def test_values_are_checked_where_a_rule_is_written():
+    with pytest.raises(ValueError, match=r"threshold must lie in \(0, 0\.5\)"):
+        parse_rules([{"modules": "nowhere", "threshold": 3}])
+    with pytest.raises(ValueError, match="no module is called 'nowhere'"):
+        cnmix.initialize(Net(), None, "O0", rules=[{"modules": "nowhere", "leave_out": True}])
+
+
+def test_rules_from_omegaconf():
+    text = "[{modules: [head, stem], operands: [input], width: 16}, {types: [Attention], leave_out: true}]"
+    model = converted(*OmegaConf.create(text))
+    assert names(model) == ["stem", "head"]
+    assert model.head.quantizers.configs["input"].bitwidth == 16
+    assert model.head.quantizers.configs["weight"].bitwidth == 8
+
+
+def test_a_lazy_layer_is_not_small():
+    with pytest.raises(ValueError, match="without weights yet"):
+        cnmix.initialize(nn.Sequential(nn.LazyLinear(512)), None, rules=[{"small": True, "leave_out": True}])
