@@ -18,7 +18,7 @@ from .nn.quantizers import check_widths
 from .optim import LossScaler, attach_scalers, check_scalers, gradients_of, scalers_of
 from .registry import Setup, registry, unwrap
 from .rules import TOO_SMALL, Rule, RuleBook, leave_out, parse_rules
-from .state import check_names_fit, load_model_state, some
+from .state import check_names_fit, first_names, load_model_state
 from .strategies import find_level
 
 logger = logging.getLogger("cnmix")
@@ -309,7 +309,7 @@ def _report_small(model: nn.Module, rules: Sequence[Rule]) -> None:
     candidates = ((fqn, module) for fqn, module in model.named_modules() if is_convertible(module))
     small = {fqn for fqn, module in candidates if book.why_left_out(module) == TOO_SMALL}
     if small:
-        logger.warning("%s, left in float32: %s", TOO_SMALL, some(small, limit=20))
+        logger.warning("%s, left in float32: %s", TOO_SMALL, first_names(small, limit=20))
 
 
 def _is_initialized(model: nn.Module, setup: Setup) -> bool:

@@ -94,7 +94,7 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None, *,
     if model is None:
         registry.waiting_models = [{**each, "strict": strict} for each in state["models"][len(placed) :]]
         registry.waiting_scalers = state["loss_scalers"][len(scalers) :]
-        waits = [f"a model with {some(set(each['modules']))}" for each in registry.waiting_models]
+        waits = [f"a model with {first_names(set(each['modules']))}" for each in registry.waiting_models]
         waits += ["the loss scales of an optimizer"] * len(registry.waiting_scalers)
         for what in waits:
             lines.append(f"waiting for cnmix.initialize: the state of {what}")
@@ -152,7 +152,7 @@ def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
             module.quantizers.load_state_dict(saved["modules"][fqn])
 
 
-def some(names: set[str], limit: int = 5) -> str:
+def first_names(names: set[str], limit: int = 5) -> str:
     """Returns the first few names in words."""
     listed = ", ".join(repr(name) if name else "the model itself" for name in sorted(names)[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
@@ -175,7 +175,7 @@ def _check_fits(model: nn.Module, saved: Mapping[str, Any], strict: bool) -> lis
 def _differences(present: set[str], saved: Mapping[str, Any]) -> list[str]:
     stored, parts = set(saved["modules"]), []
     if stored - present:
-        parts.append(f"the state has {some(stored - present)}, which the model does not compute in fixed point")
+        parts.append(f"the state has {first_names(stored - present)}, which the model does not compute in fixed point")
     if present - stored:
-        parts.append(f"the model has {some(present - stored)}, which the state lacks")
+        parts.append(f"the model has {first_names(present - stored)}, which the state lacks")
     return parts

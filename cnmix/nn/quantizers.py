@@ -16,7 +16,7 @@ from .. import kernels
 from ..adaptive import OperandQuantizer, parse_operand_state
 from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..fixed_point import FixedPoint
-from .recomputation import Call, Calls, current_backward, part_of_hooks, reentrant_part, saved_tensor_hooks
+from .recomputation import Calls, FirstPass, current_backward, part_of_hooks, reentrant_part, saved_tensor_hooks
 
 # Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
 _MOST_ASIDE = 64
@@ -232,7 +232,7 @@ class ModuleQuantizers:
             return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False)
         qx, qw = self._quantize_input(x, True), self.quantize_weight(weight, True)
         if part is not None:
-            self._calls.add(part, Call(qx.bits, qx.position, self.input.state.step, qw))
+            self._calls.add(part, FirstPass(qx.bits, qx.position, self.input.state.step, qw))
         return qx, qw
 
     def _quantize_input(self, x: Tensor, training: bool) -> FixedPoint:

@@ -26,7 +26,7 @@ from ..fixed_point import FixedPoint
 _FIRST, _REPEATED = "frame", "target_frame_ref"
 
 
-class Call(NamedTuple):
+class FirstPass(NamedTuple):
     """One forward pass of a module in training.
 
     Attributes:
@@ -48,11 +48,11 @@ class Calls:
     def __init__(self) -> None:
         self._by_part: weakref.WeakKeyDictionary[Any, _Part] = weakref.WeakKeyDictionary()
 
-    def add(self, part: Any, call: Call) -> None:
+    def add(self, part: Any, call: FirstPass) -> None:
         """Keeps a call of a first pass."""
         self._by_part.setdefault(part, _Part()).calls.append(call)
 
-    def next(self, part: Any) -> Call | None:
+    def next(self, part: Any) -> FirstPass | None:
         """Returns the call that comes next as this part is repeated, None where it is not known."""
         known = self._by_part.get(part)
         return None if known is None else known.next(current_backward())
@@ -65,10 +65,10 @@ class _Part:
     """The calls of one module in one part, in their order, and how far they have been repeated."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[FirstPass] = []
         self._backward, self._next = -1, 0
 
-    def next(self, backward: int) -> Call | None:
+    def next(self, backward: int) -> FirstPass | None:
         if backward != self._backward:  # a graph that is kept may be gone through again
             self._backward, self._next = backward, 0
         self._next += 1
