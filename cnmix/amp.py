@@ -172,7 +172,8 @@ def scale_loss(loss: Tensor, optimizers: Any, loss_id: int = 0) -> Iterator[Tens
             )
         if not isinstance(loss_id, int) or not 0 <= loss_id < len(own):
             raise ValueError(
-                f"loss_id {loss_id!r}: this {type(optimizer).__name__} was initialized with num_losses={len(own)}"
+                f"loss_id must be from 0 to {len(own) - 1}, got {loss_id!r}: this {type(optimizer).__name__} was "
+                f"initialized with num_losses={len(own)}"
             )
     if not all_scalers:
         raise RuntimeError("scale_loss needs the optimizer that cnmix.initialize was given")

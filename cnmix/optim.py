@@ -129,12 +129,17 @@ def attach_scalers(optimizer: Any, scalers: list[LossScaler]) -> None:
     ``step`` is replaced on the instance, as a bound method, so that schedulers and wrappers find what they expect.
     """
     setattr(optimizer, _ATTRIBUTE, scalers)
-    if not scalers[0].dynamic:
+    if not scalers[0].dynamic and scalers[0].scale == 1.0:
         return
     original = optimizer.step
 
     @functools.wraps(original)
     def step(self: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if any(scaler.active for scaler in scalers):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() within a scale_loss block, where gradients are still scaled: call it "
+                "behind the block"
+            )
         overflow = adjust_all(scalers)
         if closure is None and not overflow:
             return original(*args, **kwargs)

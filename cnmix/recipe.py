@@ -197,7 +197,7 @@ def choose_levels(recipe: DictConfig, compare: bool, levels: Sequence[str]) -> l
     if not levels:
         return ["O0", own] if compare and own != "O0" else [own]
     if compare:
-        raise ValueError("--levels names every level to train at: leave --compare away, and put O0 among them")
+        raise ValueError("--levels names every level to train at: drop --compare, and put O0 among them")
     for level in levels:
         if find_level(level).quantizes:
             try:

@@ -68,12 +68,15 @@ class Rule:
         if "width" in settings:
             both = {"bitwidth", "max_bitwidth"} & set(settings)
             if both:
-                raise ValueError(f"a rule's width sets both bitwidth and max_bitwidth: leave {' and '.join(both)} away")
+                raise ValueError(f"a rule's width sets both bitwidth and max_bitwidth: drop {' and '.join(both)}")
             settings["bitwidth"] = settings["max_bitwidth"] = settings.pop("width")
         known = [each.name for each in dataclasses.fields(QuantizeConfig)]
         check_names(settings, known, "setting in a rule:")
         for name, value in settings.items():
-            QuantizeConfig().replace(**{name: value})  # each by itself; how they go together depends on the level
+            try:
+                QuantizeConfig().replace(**{name: value})  # each by itself; how they go together depends on the level
+            except ValueError as error:
+                raise ValueError(f"{_show(self)}: {error}") from error
         object.__setattr__(self, "settings", settings)
         if self.leave_out and (settings or self.operands):
             raise ValueError(
@@ -99,13 +102,20 @@ def parse_rules(rules: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
         ValueError: for an unknown name (with the nearest known one) or a rule that makes no sense.
     """
     if isinstance(rules, (str, Mapping, Rule)) or not isinstance(rules, Iterable):
-        raise TypeError(f"rules must be a list of mappings, got {rules!r}: write [{rules!r}]")
+        raise TypeError(
+            f"rules must be a list of mappings, as [{{'modules': 'head', 'leave_out': True}}], got {rules!r}"
+        )
     parsed = []
     selectors = [each.name for each in dataclasses.fields(Rule) if each.name != "settings"]
     for rule in rules:
         if isinstance(rule, Mapping):
             names = [*selectors, "width", *(each.name for each in dataclasses.fields(QuantizeConfig))]
             check_names(rule, names, "name in a rule:")
+            for name in ("modules", "types", "operands", "small"):
+                if name in rule and not rule[name]:
+                    raise ValueError(
+                        f"the rule {dict(rule)} chooses by {name}={rule[name]!r}: name some, or drop {name}"
+                    )
             chosen = {name: rule[name] for name in selectors if name in rule}
             settings = {name: value for name, value in rule.items() if name not in selectors}
             rule = Rule(**chosen, settings=settings)
@@ -161,7 +171,7 @@ class RuleBook:
 
     def check_effect(self, convertible: Iterable[nn.Module]) -> None:
         """Raises ValueError for a rule with settings that holds for no module in fixed point; one by size may."""
-        chosen = [module for module in convertible if not self.why_left_out(module)]
+        chosen = [module for module in convertible if self.why_left_out(module) in ("", TOO_SMALL)]
         for rule in self.rules:
             if not rule.leave_out and not rule.small and not any(self._holds(rule, module) for module in chosen):
                 raise ValueError(

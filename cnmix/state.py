@@ -112,9 +112,9 @@ def upgrade(state: Any) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise TypeError(f"load_state_dict takes the dict that cnmix.state_dict() returned, got {type(state).__name__}")
     if set(state) != {"version", "models", "loss_scalers"}:
-        raise ValueError(
-            f"this is no cnmix state: it has the keys {sorted(map(str, state))[:8]}, not version, models, loss_scalers"
-        )
+        hint = "; did you mean its entry 'cnmix'?" if "cnmix" in state else ""
+        keys = sorted(map(str, state))[:8]
+        raise ValueError(f"this is no cnmix state: it has the keys {keys}, not version, models, loss_scalers{hint}")
     version = state["version"]
     if not isinstance(version, int) or version > STATE_VERSION:
         raise ValueError(

@@ -96,7 +96,7 @@ def test_levels_that_end_in_float32(command):
         (["--levels", "o1"], "did you mean 'O1'"),
         (["--levels", ""], "unknown opt_level ''"),
         (["--levels", "O1,O1"], "--levels names a level twice: O1,O1"),
-        (["--levels", "O0,O1", "--compare"], "leave --compare away, and put O0 among them"),
+        (["--levels", "O0,O1", "--compare"], "drop --compare, and put O0 among them"),
         (["--levels", "O1,O3", "cnmix.bitwidth=16"], "'O3' cannot take the recipe's settings: bitwidth 16 is over"),
         (["--levels", "O2", "cnmix.exclude=[conv3]"], "no module is called 'conv3'"),
     ],

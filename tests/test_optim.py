@@ -204,3 +204,21 @@ def test_scaler_state():
         again.load_state_dict({"scale": 2.0})
     with pytest.raises(ValueError, match='saved loss scale is "dynamic", and initialize was given a number'):
         LossScaler(2.0).load_state_dict(scaler.state_dict())
+
+
+@pytest.mark.parametrize("scale", ["dynamic", 8.0])
+def test_a_step_within_the_block_is_refused(net, batch, scale):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cnmix.initialize(model, optimizer, loss_scale=scale)
+    before = model.fc2.weight.detach().clone()
+    x, y = batch()
+    with (
+        pytest.raises(RuntimeError, match=r"SGD\.step\(\) within a scale_loss block"),
+        cnmix.scale_loss(F.cross_entropy(model(x), y), optimizer) as scaled,
+    ):
+        scaled.backward()
+        optimizer.step()
+    assert torch.equal(model.fc2.weight, before)
+    optimizer.step()
+    assert not torch.equal(model.fc2.weight, before)

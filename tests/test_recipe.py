@@ -117,7 +117,7 @@ def test_settings_hold_at_every_level_that_quantizes():
         (False, ["O1", "o2"], "unknown opt_level 'o2': .*did you mean 'O2'"),
         (False, [""], "unknown opt_level ''"),
         (False, ["O1", "O2", "O1"], "--levels names a level twice: O1,O2,O1"),
-        (True, ["O1"], "leave --compare away"),
+        (True, ["O1"], "drop --compare"),
     ],
 )
 def test_bad_levels(compare, levels, message):

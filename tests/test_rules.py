@@ -159,7 +159,7 @@ def test_small_layers_are_left_out_and_named(caplog):
         ({"modules": "head"}, ValueError, "neither leave_out nor a setting"),
         ({"module": "head", "width": 8}, ValueError, "unknown name in a rule: 'module': did you mean 'modules'"),
         ({"modules": "head", "width": 12}, ValueError, "bitwidth must be one of 8, 16, 31.*got 12"),
-        ({"modules": "head", "width": 8, "bitwidth": 8}, ValueError, "leave bitwidth away"),
+        ({"modules": "head", "width": 8, "bitwidth": 8}, ValueError, "drop bitwidth"),
         ({"modules": "head", "operands": "gradient", "width": 8}, ValueError, "unknown operand in a rule: 'gradient'"),
         ({"modules": "head", "leave_out": True, "operands": "input"}, ValueError, "all three operands stay float32"),
         ({"modules": "head", "leave_out": "yes"}, ValueError, "leave_out must be True or False, got 'yes'"),
@@ -247,3 +247,14 @@ def test_rules_from_omegaconf():
 def test_a_lazy_layer_is_not_small():
     with pytest.raises(ValueError, match="without weights yet"):
         cnmix.initialize(nn.Sequential(nn.LazyLinear(512)), None, rules=[{"small": True, "leave_out": True}])
+
+
+@pytest.mark.parametrize("selector", [{"modules": []}, {"types": ()}, {"small": False}, {"modules": ""}])
+def test_an_empty_selector_does_not_mean_everything(selector):
+    with pytest.raises(ValueError, match="name some, or drop"):
+        cnmix.initialize(Net(), None, rules=[{**selector, "leave_out": True}])
+
+
+def test_a_rule_for_what_is_too_small_anyway_is_no_mistake():
+    model = converted({"types": "Conv1d", "width": 16}, {"small": True, "leave_out": True})
+    assert names(model) == []

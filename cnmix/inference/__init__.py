@@ -57,7 +57,7 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
         check_trained({name: each["step"] for name, each in saved[fqn]["operands"].items()}, fqn)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     convert(model, QuantizeConfig(), rules)
-    load_state_dict(state, model)
+    load_state_dict({**state, "loss_scalers": []}, model)  # inference needs none
     for fqn, module in quantized_modules(model):
         module.quantizers.configs = configs[fqn]
     return freeze(model)

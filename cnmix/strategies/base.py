@@ -48,7 +48,7 @@ class Strategy:
                 if name in settings and settings[name] != getattr(cls.defaults, name):
                     raise ValueError(
                         f"opt_level {cls.name!r} keeps every product in float32, so {name}={settings[name]!r} would "
-                        "have no effect: take 'O1', or leave it away"
+                        "have no effect: take 'O1', or drop it"
                     )
         return config
 
@@ -87,7 +87,7 @@ class Strategy:
         if not cls.quantizes and any(not rule.leave_out for rule in rules):
             raise ValueError(
                 f"opt_level {cls.name!r} keeps every product in float32, so a rule with settings would have no "
-                "effect: take 'O1', or leave it away"
+                "effect: take 'O1', or drop it"
             )
 
     @classmethod
