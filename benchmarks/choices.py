@@ -215,7 +215,9 @@ def _written(value: Any) -> str:
 def main() -> None:
     """Runs the experiments from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="CHOICE")
+    parser.add_argument(
+        "--choices", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="CHOICE", help=", ".join(CHOICES)
+    )
     parser.add_argument("--levels", nargs="+", default=["O1", "O3"])
     parser.add_argument("--recipes", nargs="*", default=["digits", "text"])
     parser.add_argument("--networks", nargs="*", default=["gpt"])
