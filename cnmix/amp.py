@@ -42,8 +42,8 @@ def initialize(
     """Prepares models and optimizers for training in fixed point, in place.
 
     The objects returned are the objects given; modules and parameters stay the same, and ``state_dict`` keeps its keys
-    and dtypes. Call it after the optimizer is built and before the model is wrapped (DDP, DataParallel). A second call
-    with the same arguments changes nothing.
+    and dtypes. Call it after the optimizer is built, before or after the model is wrapped (DDP, DataParallel) or
+    compiled. A second call with the same arguments converts modules that came since, and changes nothing else.
 
     Args:
         models: a model, or a list of models.
@@ -71,9 +71,10 @@ def initialize(
 
     Raises:
         TypeError: if a model is no ``nn.Module`` or an optimizer has no parameter groups.
-        ValueError: for an unknown level or setting (with the nearest known one), a value out of its range, a model
-            whose weights are not float32 or are shared with a module that stays float, or a model that was
-            initialized otherwise before. Nothing has been changed then.
+        ValueError: for an unknown level or setting (with the nearest known one), a value out of its range, a rule
+            that holds for nothing, a model whose weights are not float32 or are shared with a module that stays
+            float, a model or a part of one that was initialized otherwise before, or a state that waits for the model
+            and does not fit it. Nothing has been changed then.
     """
     level = find_level(opt_level)
     model_list, optimizer_list = _as_list(models), _as_list(optimizers)
