@@ -30,7 +30,9 @@ class SummaryRow:
     Attributes:
         fqn: fully qualified name.
         kind: class of the module, as in the plain model.
+        product: "matmul" or "convolution", "" where neither is known of its class.
         weight: shape of its weight, where it has one.
+        shapes: of input and output in the last call of one forward pass; None where it was not seen in one.
         widths: of input, weight and grad_output; None where it stayed float.
         macs: multiply-accumulates of one forward pass; None where it was not seen in one.
         reason: why it stayed float, or "".
@@ -38,7 +40,9 @@ class SummaryRow:
 
     fqn: str
     kind: str
+    product: str
     weight: tuple[int, ...] | None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None
     widths: tuple[int, int, int] | None
     macs: int | None
     reason: str
@@ -59,13 +63,15 @@ class Summary:
     def __str__(self) -> str:
         total = sum(row.macs or 0 for row in self.rows)
         table: list[tuple[str, ...]] = [
-            ("module", "class", "weight", "input", "weight bits", "grad_output", "MACs", "")
+            ("module", "class", "product", "weight", "shapes", "input", "weight bits", "grad_output", "MACs", "")
         ]
         for row in self.rows:
             widths = tuple(f"int{bits}" for bits in row.widths) if row.widths else ("float", "float", "float")
-            shape = "–" if row.weight is None else "×".join(map(str, row.weight))
+            weight = "–" if row.weight is None else _by(row.weight)
+            shapes = "–" if row.shapes is None else " → ".join(map(_by, row.shapes))
             macs = f"{row.macs / total:.1%}" if row.macs is not None and total else "–"
-            table.append((row.fqn or "(the model)", row.kind, shape, *widths, macs, row.reason))
+            name = row.fqn or "(the model)"
+            table.append((name, row.kind, row.product or "–", weight, shapes, *widths, macs, row.reason))
         text = format_table(table)
         if self.share is not None:
             text += f"\n{self.share:.1%} of {total / 1e6:,.1f} million multiply-accumulates are in fixed point"
@@ -87,11 +93,12 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         fqn: module for fqn, module in model.named_modules() if isinstance(module, _UNCONVERTED)
     }
     macs: dict[str, int] = {}
+    seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     with _evaluation(model), torch.no_grad():  # in training spectral norm would move when its weight is read
         weights = {fqn: getattr(module, "weight", None) for fqn, module in chosen.items()}
         shapes = {fqn: tuple(weight.shape) for fqn, weight in weights.items() if isinstance(weight, Tensor)}
         if example:
-            with _counting(chosen, shapes, macs):
+            with _counting(chosen, shapes, macs, seen):
                 model(*example)
     rows = []
     converted = any(quantized_modules(model))
@@ -100,16 +107,23 @@ def summary(model: nn.Module, *example: Any) -> Summary:
     left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
-        shape = shapes.get(fqn)
+        product = next((ours.product for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), "")
+        widths, reason = None, ""
         if isinstance(module, QuantizedModule):
             kind = next(plain.__name__ for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, ours))
-            bits = tuple(quantizer.state.bits for _, quantizer in module.quantizers)
-            rows.append(SummaryRow(fqn, kind, shape, (bits[0], bits[1], bits[2]), macs.get(fqn), ""))
-        elif not fqn.startswith(inside):
-            reason = _reason(module, left_out(module)) if converted else "the model is not converted"
+            bits = [quantizer.state.bits for _, quantizer in module.quantizers]
+            widths = bits[0], bits[1], bits[2]
+        elif fqn.startswith(inside):
+            continue
+        else:
             kind = type_before_parametrizations(module).__name__
-            rows.append(SummaryRow(fqn, kind, shape, None, macs.get(fqn), reason))
+            reason = _reason(module, left_out(module)) if converted else "the model is not converted"
+        rows.append(SummaryRow(fqn, kind, product, shapes.get(fqn), seen.get(fqn), widths, macs.get(fqn), reason))
     return Summary(tuple(rows))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _reason(module: nn.Module, left_out: str) -> str:
@@ -121,8 +135,13 @@ def _reason(module: nn.Module, left_out: str) -> str:
 
 
 @contextmanager
-def _counting(chosen: dict[str, nn.Module], shapes: dict[str, tuple[int, ...]], macs: dict[str, int]) -> Iterator[None]:
-    """Adds up the multiply-accumulates of Linear and convolutions as they are called."""
+def _counting(
+    chosen: dict[str, nn.Module],
+    shapes: dict[str, tuple[int, ...]],
+    macs: dict[str, int],
+    seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> Iterator[None]:
+    """Adds up the multiply-accumulates of Linear and convolutions as they are called, and notes their shapes."""
     hooks = []
     for fqn, shape in shapes.items():
 
@@ -130,6 +149,8 @@ def _counting(chosen: dict[str, nn.Module], shapes: dict[str, tuple[int, ...]], 
             counted = args[0] if getattr(module, "transposed", False) else output
             if isinstance(counted, Tensor):
                 macs[fqn] = macs.get(fqn, 0) + counted.numel() * each
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                seen[fqn] = tuple(args[0].shape), tuple(output.shape)
 
         hooks.append(chosen[fqn].register_forward_hook(count))
     try:

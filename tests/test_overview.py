@@ -27,6 +27,9 @@ def test_what_is_fixed_point_and_what_stayed_float_and_why():
     assert list(rows) == ["0", "1", "3", "4", "5"]
     assert rows["0"].widths == rows["3"].widths == (16, 16, 16)
     assert rows["0"].macs == 2 * 8 * 36 * 27
+    assert (rows["0"].product, rows["1"].product, rows["3"].product) == ("convolution", "", "matmul")
+    assert rows["0"].shapes == ((2, 3, 8, 8), (2, 8, 6, 6))
+    assert "2×3×8×8 → 2×8×6×6" in str(found)
     assert rows["1"].macs == 2 * 8 * 36 * 16
     assert rows["3"].macs == 2 * 16 * 196
     assert "not converted in this version" in rows["1"].reason
