@@ -4,24 +4,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_net import Net
 from torch import Tensor, nn
 
 import cnmix
 from cnmix.registry import Registry, registry
-
-
-class Net(nn.Module):
-    """A convolution, a batch normalisation and two linear layers, for 3 classes of (N, 1, 6, 6)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
-        self.fc1 = nn.Linear(64, 8)
-        self.fc2 = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(F.relu(self.bn(self.conv(x))).flatten(1))))
 
 
 @pytest.fixture(autouse=True)
