@@ -14,7 +14,7 @@ from .registry import unwrap
 from .state import state_dict, upgrade
 
 # Where Lightning keeps the state of CnmixPlugin.
-_LIGHTNING_KEY = "CnmixPlugin"
+LIGHTNING_KEY = "CnmixPlugin"
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, **extra: Any) -> None:
@@ -64,8 +64,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it is truncated, no PyTorch checkpoint, or lacks ``state_dict`` or ``cnmix``.
     """
     checkpoint = read_plain(path)
-    if "cnmix" not in checkpoint and _LIGHTNING_KEY in checkpoint:
-        checkpoint["cnmix"] = checkpoint[_LIGHTNING_KEY]
+    if "cnmix" not in checkpoint and LIGHTNING_KEY in checkpoint:
+        checkpoint["cnmix"] = checkpoint[LIGHTNING_KEY]
     try:
         return {**checkpoint, "cnmix": check(checkpoint)}
     except (TypeError, ValueError) as error:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import checkpoint, inference
-from .lightning import CnmixPlugin
 from .nn import quantized_modules
 from .recipe import build_model, load_data, merge_recipe
 
@@ -115,7 +114,7 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
     saved = checkpoint.read_plain(file)
     if "pytorch-lightning_version" in saved:
         prefix = "model."
-        known = saved.get(CnmixPlugin.__qualname__, {})
+        known = saved.get(checkpoint.LIGHTNING_KEY, {})
         state = {"version": known.get("version", 1), "models": [], "loss_scalers": []}
         for model in known.get("models", []):
             modules = {fqn.removeprefix(prefix): each for fqn, each in model["modules"].items()}

@@ -146,8 +146,7 @@ def attach_scalers(optimizer: Any, scalers: list[LossScaler]) -> None:
         if not overflow:
             with contextlib.suppress(_NeverFinite):
                 return original(_Evaluation(closure, scalers), *args, **kwargs)
-        scales = ", ".join(f"{scaler.scale:g}" for scaler in scalers)
-        logger.warning("gradient overflow: step skipped, loss scale now %s", scales)
+        _say_overflow("step skipped", scalers)
         self._opt_called = True  # what a scheduler looks for; a skipped step is no mistake in the script
         return None
 
@@ -160,6 +159,11 @@ def adjust_all(scalers: Sequence[LossScaler]) -> bool:
     for scaler in scalers:
         scaler.adjust()
     return overflow
+
+
+def _say_overflow(consequence: str, scalers: Sequence[LossScaler]) -> None:
+    scales = ", ".join(f"{scaler.scale:g}" for scaler in scalers)
+    logger.warning("gradient overflow: %s, loss scale now %s", consequence, scales)
 
 
 class _NeverFinite(Exception):
@@ -191,8 +195,7 @@ class _Evaluation:
             raise _NeverFinite
         self.first = False
         if repeated:
-            scales = ", ".join(f"{scaler.scale:g}" for scaler in self.scalers)
-            logger.warning("gradient overflow: closure evaluated again, loss scale now %s", scales)
+            _say_overflow("closure evaluated again", self.scalers)
         return loss
 
 

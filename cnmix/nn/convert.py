@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
 
-from ..config import QuantizeConfig
+from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
 from .half import use_float32
 from .modules import QUANTIZED_CLASSES, QuantizedModule
@@ -34,21 +34,30 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     Raises:
         ValueError: as ``convertible_modules`` does.
     """
-    chosen = convertible_modules(model, rules)
-    book = RuleBook(model, rules)
-    configs = {fqn: book.configure(module, config) for fqn, module in chosen.items()}
+    planned = plan(model, config, rules)
     latest_input = LatestInput()
-    for fqn, module in chosen.items():
+    for fqn, configs in planned.items():
+        module = model.get_submodule(fqn)
         converted = QUANTIZED_CLASSES[type_before_parametrizations(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         name = fqn or type(module).__name__
-        module.__dict__["quantizers"] = ModuleQuantizers(configs[fqn], converted.product, name, latest_input)
+        module.__dict__["quantizers"] = ModuleQuantizers(configs, converted.product, name, latest_input)
         _set_class(module, converted)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
         if isinstance(module, nn.TransformerEncoderLayer) and any(quantized_modules(module)):
             module.activation_relu_or_gelu = 0
-    return list(chosen)
+    return list(planned)
+
+
+def plan(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> dict[str, OperandConfigs]:
+    """Returns the settings of the operands of each module that ``convert`` would change, by name; changes nothing.
+
+    Raises:
+        ValueError: as ``convertible_modules`` does, or if the rules for a module contradict each other.
+    """
+    book = RuleBook(model, rules)
+    return {fqn: book.configure(module, config) for fqn, module in convertible_modules(model, rules).items()}
 
 
 def name_modules(model: nn.Module) -> None:

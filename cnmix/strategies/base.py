@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import OperandConfigs, QuantizeConfig
-from ..nn import convert, convertible_modules
+from ..nn.convert import convert, plan
 from ..nn.half import HALF_TYPES, use_half
 from ..rules import Rule, RuleBook
 
@@ -97,11 +97,10 @@ class Strategy:
         Raises where ``apply`` would, and changes nothing.
         """
         cls.check_rules(rules)
-        book = RuleBook(model, rules)
-        book.check()
         if not cls.quantizes:
+            RuleBook(model, rules).check()
             return {}
-        return {fqn: book.configure(module, config) for fqn, module in convertible_modules(model, rules).items()}
+        return plan(model, config, rules)
 
     @classmethod
     def apply(
