@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .fixed_point import (
     FixedPoint,
     Rounding,
     check_bits,
+    choose_position,
     dequantize,
 )
 
@@ -69,14 +70,42 @@ class OperandState:
     saturation: float = 0.0
 
 
+@dataclass
+class Observation:
+    """What one process saw of an operand since the processes last agreed on its format.
+
+    Attributes:
+        first_step: the step at which they agreed.
+        absmax: largest magnitude measured; 0 where no update step was seen.
+        sums: for each width that was measured the sum of the differences that QEM takes, and of the magnitudes.
+        saturation: sum of the shares of saturated values in the steps in between.
+    """
+
+    first_step: int = 0
+    absmax: float = 0.0
+    sums: dict[int, tuple[float, float]] = field(default_factory=dict)
+    saturation: float = 0.0
+
+    def error(self, bits: int) -> float | None:
+        """Returns the quantization error at a width, None where it was not measured."""
+        return relative_error(*self.sums[bits]) if bits in self.sums else None
+
+
 class OperandQuantizer:
     """Quantizes one operand of one module: chooses its format on update steps, and reuses it in between.
+
+    Where several processes train a model together, each quantizes on an update step with the format that fits its own
+    tensor, and notes what it measured; ``agree`` then gives all of them one state.
 
     Args:
         config: the settings; may be replaced by assignment between steps.
         product: "convolution" or "matmul", which decides the default threshold.
         name: how messages call the operand, for example ``"grad_output of 'encoder.fc1'"``.
         seed: key of the random numbers for stochastic rounding.
+
+    Attributes:
+        observation: what this process saw, where it decides together with others; None where it decides alone.
+        draw_key: what the seed is combined with, so that processes with different data draw different numbers.
     """
 
     def __init__(self, config: QuantizeConfig, product: Product, name: str, seed: int = 0) -> None:
@@ -84,6 +113,8 @@ class OperandQuantizer:
         self.product: Product = product
         self.name = name
         self.state = OperandState(bits=config.bitwidth, seed=seed)
+        self.observation: Observation | None = None
+        self.draw_key = 0
         self._saw_nonfinite = False
 
     def __call__(self, x: Tensor, training: bool) -> FixedPoint:
@@ -109,7 +140,7 @@ class OperandQuantizer:
                 state.bits,
                 state.position,
                 rounding,
-                seed=state.seed,
+                seed=self._seed,
                 stream=state.step,
                 channel_dim=channel_dim,
                 with_checksum=with_checksum,
@@ -141,8 +172,8 @@ class OperandQuantizer:
 
     def repeated(self, x: Tensor, bits: int, position: int | None, stream: int) -> FixedPoint:
         """Quantizes as an earlier training step did, without counting one: in that format, with its random draws."""
-        rounding, seed = self.rounding(training=True), self.state.seed
-        return kernels.quantize_measured(x, bits, position, rounding, seed=seed, stream=stream)[0]
+        rounding = self.rounding(training=True)
+        return kernels.quantize_measured(x, bits, position, rounding, seed=self._seed, stream=stream)[0]
 
     def repeat(self) -> None:
         """Counts a training step on the very tensor that the last step measured, without measuring it again."""
@@ -163,6 +194,29 @@ class OperandQuantizer:
             ValueError: if a number is missing, unknown or out of its range.
         """
         self.state = parse_operand_state(state, self.name)
+        if self.observation is not None:
+            self.observation = Observation(first_step=self.state.step)
+
+    def agree(self, step: int, seen: Observation) -> None:
+        """Takes what all processes saw together, which gives each of them the same state, and begins anew to observe.
+
+        Args:
+            step: training steps seen, after which they agree.
+            seen: the largest magnitude, and the sums, over all processes; ``saturation`` is their mean.
+        """
+        state = self.state
+        state.step = step
+        state.saturation += seen.saturation
+        if seen.absmax > 0:
+            bits, error = self._choose_width(seen.error)
+            self._adopt(bits, choose_position(seen.absmax, bits), error)
+        elif self.config.saturation is not None:
+            self._look_for_saturation()
+        self.observation = Observation(first_step=step)
+
+    @property
+    def _seed(self) -> int:
+        return self.state.seed ^ self.draw_key
 
     def _update(self, x: Tensor, channel_dim: int | None, with_checksum: bool) -> tuple[FixedPoint, kernels.Statistics]:
         """Measures, adjusts the format, schedules the next update, and quantizes.
@@ -170,43 +224,87 @@ class OperandQuantizer:
         A tensor with NaN or infinity, and one of zeros alone, says nothing of the range: nothing is adjusted, and the
         next step looks again.
         """
-        config, state = self.config, self.state
-        threshold = config.threshold_for(self.product)
-        bits = state.bits
-        quantized, found = kernels.quantize_measured(
-            x, bits, None, measure=True, channel_dim=channel_dim, with_checksum=with_checksum
+        state = self.state
+        first, found = kernels.quantize_measured(
+            x, state.bits, None, measure=True, channel_dim=channel_dim, with_checksum=with_checksum
         )
-        while True:
-            if not found.absmax > 0 or not quantized.finite:
-                return quantized, found
-            error = quantization_error(x, quantized, config.error_measure, found)
-            wider = [width for width in BITS if bits < width <= config.max_bitwidth]
-            if error <= threshold or not wider or config.mode == "fixed_width":
-                break
-            bits = wider[0]
-            quantized, found = _measure_again(x, bits, found)
-        narrower = [width for width in BITS if config.bitwidth <= width < bits]
-        if config.narrowing is not None and bits == state.bits and narrower and config.mode != "fixed_width":
-            narrow, narrow_found = _measure_again(x, narrower[-1], found)
-            narrow_error = quantization_error(x, narrow, config.error_measure, narrow_found)
-            if narrow_error <= config.narrowing * threshold:
-                bits, quantized, found, error = narrower[-1], narrow, narrow_found, narrow_error
-        self._schedule(quantized.position, error, widened=bits - state.bits)
-        state.bits = bits
-        state.exceeds_max_bitwidth = error > threshold
+        if not found.absmax > 0 or not first.finite:
+            return first, found
+        tried = {state.bits: (first, found)}
+        differences: dict[int, tuple[float, float]] = {}
+
+        def error_at(bits: int) -> float:
+            if bits not in tried:
+                tried[bits] = _measure_again(x, bits, found)
+            differences[bits] = error_sums(x, tried[bits][0], self.config.error_measure, tried[bits][1])
+            return relative_error(*differences[bits])
+
+        bits, error = self._choose_width(error_at)
+        quantized, found = tried[bits]
+        if self.observation is None:
+            self._adopt(bits, quantized.position, error)
+        else:
+            self._observe(found.absmax, differences)
         rounding = self.rounding(training=True)
         if rounding == "nearest_even":
             return quantized, found
-        values = kernels.quantize(x, bits, quantized.position, rounding, seed=state.seed, stream=state.step)
+        values = kernels.quantize(x, bits, quantized.position, rounding, seed=self._seed, stream=state.step)
         return quantized._replace(values=values), found
+
+    def _choose_width(self, error_at: Callable[[int], float | None]) -> tuple[int, float]:
+        """Returns the width to go on with, and its error.
+
+        Args:
+            error_at: returns the quantization error at a width; None for one that no process measured.
+        """
+        config, present = self.config, self.state.bits
+        threshold = config.threshold_for(self.product)
+        bits, error = present, error_at(present) or 0.0
+        if config.mode == "fixed_width":
+            return bits, error
+        for width in BITS:
+            if error <= threshold or width > config.max_bitwidth:
+                break
+            wider = error_at(width) if width > present else None
+            if wider is not None:
+                bits, error = width, wider
+        narrower = [width for width in BITS if config.bitwidth <= width < bits]
+        if config.narrowing is not None and bits == present and narrower:
+            narrow = error_at(narrower[-1])
+            if narrow is not None and narrow <= config.narrowing * threshold:
+                bits, error = narrower[-1], narrow
+        return bits, error
+
+    def _adopt(self, bits: int, position: int, error: float) -> None:
+        """Takes a format over and sets the next update."""
+        self._schedule(position, error, widened=bits - self.state.bits)
+        self.state.bits = bits
+        self.state.exceeds_max_bitwidth = error > self.config.threshold_for(self.product)
+
+    def _observe(self, absmax: float, differences: Mapping[int, tuple[float, float]]) -> None:
+        """Adds what an update step measured to what this process saw."""
+        observation = self.observation
+        if observation is None:
+            return
+        observation.absmax = max(observation.absmax, absmax)
+        for bits, (difference, magnitude) in differences.items():
+            before = observation.sums.get(bits, (0.0, 0.0))
+            observation.sums[bits] = before[0] + difference, before[1] + magnitude
 
     def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""
-        state, bound = self.state, self.config.saturation
-        if bound is None:
+        if self.config.saturation is None:
             return
-        state.saturation += kernels.saturated_share(quantized)
-        if state.saturation > bound * (state.step - 1 - state.last_update):
+        share = kernels.saturated_share(quantized)
+        if self.observation is not None:
+            self.observation.saturation += share
+            return
+        self.state.saturation += share
+        self._look_for_saturation()
+
+    def _look_for_saturation(self) -> None:
+        state, bound = self.state, self.config.saturation
+        if bound is not None and state.saturation > bound * (state.step - 1 - state.last_update):
             state.next_update = state.step
 
     def _schedule(self, position: int, error: float, widened: int = 0) -> None:
@@ -263,15 +361,26 @@ def quantization_error(
         measure: "mean" or "l1".
         found: the sums of magnitudes, where they are known already.
     """
+    return relative_error(*error_sums(x, quantized, measure, found))
+
+
+def error_sums(
+    x: Tensor, quantized: FixedPoint, measure: str, found: kernels.Statistics | None = None
+) -> tuple[float, float]:
+    """Returns the sum that QEM's numerator is made of (signed for "mean"), and the sum of the magnitudes.
+
+    Both add up over the parts of a tensor that several processes hold. Arguments as in ``quantization_error``.
+    """
     sum_x = kernels.sum_of_magnitudes(x) if found is None else found.sum_x
-    if sum_x == 0:
-        return 0.0
     if measure == "l1":
-        difference = kernels.sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized))
-    else:
-        sum_q = kernels.sum_of_magnitudes(quantized.values) if found is None else found.sum_q
-        difference = abs(sum_x - math.ldexp(sum_q, quantized.position))
-    return math.log2(difference / sum_x + 1)
+        return kernels.sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized)), sum_x
+    sum_q = kernels.sum_of_magnitudes(quantized.values) if found is None else found.sum_q
+    return sum_x - math.ldexp(sum_q, quantized.position), sum_x
+
+
+def relative_error(difference: float, magnitude: float) -> float:
+    """Returns ``log2(|difference| / magnitude + 1)``, and 0 where all is zero; see ``quantization_error``."""
+    return math.log2(abs(difference) / magnitude + 1) if magnitude else 0.0
 
 
 def update_interval(position: int, moving_position: float, error: float, config: QuantizeConfig) -> int:
@@ -298,15 +407,15 @@ def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
         given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"the saved state of {name} must have exactly {sorted(fields)}, got {given}")
     check_bits(state["bits"], f"the saved width of {name}")
-    for field, value in state.items():
-        if field in ("moving_position", "error", "saturation"):
+    for entry, value in state.items():
+        if entry in ("moving_position", "error", "saturation"):
             right = isinstance(value, (int, float)) and math.isfinite(value)
-        elif field == "position":
+        elif entry == "position":
             right = value is None or (type(value) is int and POSITION_MIN <= value <= POSITION_MAX)
-        elif field == "exceeds_max_bitwidth":
+        elif entry == "exceeds_max_bitwidth":
             right = isinstance(value, bool)
         else:
             right = type(value) is int and value >= 0
         if not right:
-            raise ValueError(f"the saved {field} of {name} is out of its range: {value!r}")
+            raise ValueError(f"the saved {entry} of {name} is out of its range: {value!r}")
     return OperandState(**state)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .nn import quantized_modules
-from .nn.convert import is_convertible
+from .nn.convert import is_convertible, plain_class
 from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
 from .registry import registry, unwrap
 from .rules import RuleBook
@@ -116,7 +115,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         elif fqn.startswith(inside):
             continue
         else:
-            kind = type_before_parametrizations(module).__name__
+            kind = plain_class(module).__name__
             reason = _reason(module, left_out(module)) if converted else "the model is not converted"
         rows.append(SummaryRow(fqn, kind, product, shapes.get(fqn), seen.get(fqn), widths, macs.get(fqn), reason))
     return Summary(tuple(rows))

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Processes
 from small_net import Net
 from torch import Tensor, nn
 
@@ -77,3 +78,11 @@ def same_weights() -> Callable[[nn.Module, nn.Module], bool]:
         return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Two processes in a group."""
+    started = Processes()
+    yield started
+    started.stop()

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
 from .half import use_float32
 from .modules import QUANTIZED_CLASSES, QuantizedModule
 from .quantizers import LatestInput, ModuleQuantizers
+from .ranks import Ranks, is_fully_sharded
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
@@ -36,12 +38,13 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     """
     planned = plan(model, config, rules)
     latest_input = LatestInput()
+    ranks = next((module.quantizers.ranks for _, module in quantized_modules(model)), None) or Ranks(model)
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
-        converted = QUANTIZED_CLASSES[type_before_parametrizations(module)]
+        converted = QUANTIZED_CLASSES[plain_class(module)]
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         name = fqn or type(module).__name__
-        module.__dict__["quantizers"] = ModuleQuantizers(configs, converted.product, name, latest_input)
+        module.__dict__["quantizers"] = ModuleQuantizers(configs, converted.product, name, latest_input, ranks)
         _set_class(module, converted)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
@@ -63,7 +66,7 @@ def plan(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -
 def name_modules(model: nn.Module) -> None:
     """Tells converted modules their present names, which messages use."""
     for fqn, module in quantized_modules(model):
-        module.quantizers.fqn = fqn or type_before_parametrizations(module).__name__.removeprefix("Quantized")
+        module.quantizers.fqn = fqn or plain_class(module).__name__.removeprefix("Quantized")
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -75,7 +78,7 @@ def revert(model: nn.Module) -> list[str]:
     found = dict(quantized_modules(model))
     plain_classes: dict[type[nn.Module], type[nn.Module]] = {ours: plain for plain, ours in QUANTIZED_CLASSES.items()}
     for module in found.values():
-        _set_class(module, plain_classes[type_before_parametrizations(module)])
+        _set_class(module, plain_classes[plain_class(module)])
         del module.__dict__["quantizers"]
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -111,14 +114,34 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
 
 def is_convertible(module: nn.Module) -> bool:
     """Whether the class of the module, parametrized or not, has a counterpart in fixed point."""
-    return type_before_parametrizations(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin)
+    return plain_class(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class under those that parametrizations and ``fully_shard`` put over it."""
+    kind = type(module)
+    while _put_over(kind):
+        kind = kind.__bases__[-1]
+    return kind
+
+
+def _put_over(kind: type) -> str:
+    """Returns the prefix of the name that torch gives such a class; empty for any other class."""
+    if is_fully_sharded(kind.__bases__[0]):
+        return "FSDP"
+    parametrized = kind.__module__ == parametrize.__name__ and kind.__name__.startswith("Parametrized")
+    return "Parametrized" if parametrized else ""
 
 
 def _set_class(module: nn.Module, chosen: type[nn.Module]) -> None:
-    """Assigns a class; a parametrized module gets one with its properties over it, as torch had made it."""
-    if is_parametrized(module):
-        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-        chosen = type(f"Parametrized{chosen.__name__}", (chosen,), own)
+    """Assigns a class under those that torch put over the present one."""
+    over, kind = [], type(module)
+    while prefix := _put_over(kind):
+        over.append((prefix, kind))
+        kind = kind.__bases__[-1]
+    for prefix, kind in reversed(over):
+        own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        chosen = type(f"{prefix}{chosen.__name__}", (*kind.__bases__[:-1], chosen), own)
     module.__class__ = chosen
 
 

@@ -99,6 +99,8 @@ def backward_products(
         The gradients of input (in its dtype), weight and bias (float32; the bias's may have grad_output's dtype), each
         None where not wanted.
     """
+    if saved.training:
+        quantizers.ranks.backward_begins(quantizers)
     kept = grad_output.dim() - 1 if saved.geometry is None else 1
     if qx is None and qw is None:
         return None, None, kernels.channel_sums(grad_output, kept) if needs_bias else None

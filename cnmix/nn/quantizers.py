@@ -16,6 +16,7 @@ from .. import kernels
 from ..adaptive import OperandQuantizer, parse_operand_state
 from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..fixed_point import FixedPoint
+from .ranks import Ranks
 from .recomputation import Calls, FirstPass, current_backward, part_of_hooks, reentrant_part, saved_tensor_hooks
 
 # Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
@@ -64,11 +65,13 @@ class ModuleQuantizers:
         product: "convolution" or "matmul".
         fqn: fully qualified name of the module, for messages.
         latest_input: shared with the other modules of the model.
+        ranks: likewise.
 
     Attributes:
         input: quantizer of the module's input.
         weight: quantizer of its weight.
         grad_output: quantizer of the gradient of its output.
+        ranks: the processes that train the model.
         fqn: fully qualified name of the module.
         product: "convolution" or "matmul".
         output_dtype: dtype of the module's output; None is that of its input.
@@ -83,6 +86,7 @@ class ModuleQuantizers:
         product: Product,
         fqn: str,
         latest_input: LatestInput | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         configs = dict.fromkeys(OPERANDS, config) if isinstance(config, QuantizeConfig) else config
         self.product: Product = product
@@ -106,6 +110,8 @@ class ModuleQuantizers:
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
         self.handle = _register(self)
+        self.ranks = ranks or Ranks()
+        self.ranks.add(self)
 
     def __iter__(self) -> Iterator[tuple[str, OperandQuantizer]]:
         """Yields (operand name, quantizer)."""
@@ -220,6 +226,7 @@ class ModuleQuantizers:
             return self._quantize_input(x, False), self.quantize_weight(weight, False)
         hooks, reentrant = saved_tensor_hooks(), self.reentrant_part
         if hooks is None and reentrant is None and current_backward() == -1:  # nearly always
+            self.ranks.forward_begins(self)
             return self._quantize_input(x, True), self.quantize_weight(weight, True)
         self.reentrant_part = None
         repeated = current_backward() != -1
@@ -230,6 +237,7 @@ class ModuleQuantizers:
                 return self.input.repeated(x, call.bits, call.position, call.step), call.weight
             state = self.input.state  # a part within a part, which torch makes anew each time
             return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False)
+        self.ranks.forward_begins(self)
         qx, qw = self._quantize_input(x, True), self.quantize_weight(weight, True)
         if part is not None:
             self._calls.add(part, FirstPass(qx.bits, qx.position, self.input.state.step, qw))
@@ -312,6 +320,14 @@ class ModuleQuantizers:
         self._weight_integers = None
         self._drawn = state["drawn_weight"]
 
+    def follow(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``state_dict`` returned in another process that trains the same model."""
+        if state == self.state_dict():
+            return
+        self.load_state_dict(state)
+        for name, quantizer in self:
+            quantizer.config = QuantizeConfig(**state["settings"][name])
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
@@ -323,6 +339,7 @@ class ModuleQuantizers:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.handle = _register(self)
+        self.ranks.add(self)
 
 
 def _register(quantizers: ModuleQuantizers) -> Tensor:
