@@ -13,9 +13,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
 from .half import use_float32
-from .modules import QUANTIZED_CLASSES, QuantizedModule
+from .modules import NO_TENSOR_PARALLELISM, QUANTIZED_CLASSES, QuantizedModule, is_distributed
 from .quantizers import LatestInput, ModuleQuantizers
-from .ranks import Ranks, is_fully_sharded
+from .ranks import Ranks, fully_sharded_modules, is_fully_sharded
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
@@ -100,7 +100,7 @@ def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[st
     chosen = {
         fqn: module for fqn, module in model.named_modules() if is_convertible(module) and not book.why_left_out(module)
     }
-    _check_weights(chosen)
+    _check_weights(chosen, fully_sharded_modules(model))
     _check_shared_weights(model, {id(module) for module in chosen.values()})
     return chosen
 
@@ -145,8 +145,11 @@ def _set_class(module: nn.Module, chosen: type[nn.Module]) -> None:
     module.__class__ = chosen
 
 
-def _check_weights(chosen: dict[str, nn.Module]) -> None:
+def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) -> None:
     for fqn, module in chosen.items():
+        split = any(parameter is not None and is_distributed(parameter) for parameter in module._parameters.values())
+        if split and module not in fully_sharded:
+            raise ValueError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
         if isinstance(module, LazyModuleMixin):
             raise ValueError(f"{fqn!r} is a {type(module).__name__} without weights yet: run one forward pass first")
         dtype = _weight_dtype(module)

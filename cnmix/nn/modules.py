@@ -16,6 +16,17 @@ from .products import ConvolutionGeometry
 from .quantizers import ModuleQuantizers
 from .recomputation import reentrant_part
 
+NO_TENSOR_PARALLELISM = (
+    "is split by tensor parallelism (DTensor): each part of its weight would have a format of its own, and the "
+    "processes other widths. Leave it out with exclude=[...], or share the model out with fully_shard or "
+    "DistributedDataParallel alone"
+)
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return type(x).__module__.startswith("torch.distributed.tensor")  # without loading it
+
 
 class QuantizedModule(nn.Module):
     """A module whose product runs in fixed point."""
@@ -29,12 +40,17 @@ class QuantizedModule(nn.Module):
         widths = ", ".join(f"{name}=int{quantizer.state.bits}" for name, quantizer in self.quantizers)
         return f"{super().extra_repr()}, {widths}"
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> Tensor:
+        """Returns the input to compute with."""
         fqn = self.quantizers.fqn
+        if is_distributed(x) or is_distributed(self.weight):
+            raise RuntimeError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
         if not x.is_floating_point():
             raise TypeError(f"{fqn!r} takes a float tensor, got {x.dtype}")
         if x.device.type != "cpu":
             raise RuntimeError(f"{fqn!r} got a tensor on {x.device}: this version of cnmix computes on the CPU")
+        # What a tensor-parallel neighbour's collective has yet to deliver: any operation but a view waits for it.
+        return x.clone() if type(x).__module__ == "torch.distributed._functional_collectives" else x
 
     def _moves_statistics(self) -> bool:
         if self.training and self.quantizers.frozen:
@@ -54,7 +70,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
-        self._check_input(input)
+        input = self._check_input(input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"{self.quantizers.fqn!r} takes {self.in_features} features in the last dimension, got a tensor "
@@ -68,7 +84,7 @@ class _QuantizedConv(QuantizedModule, nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C, *spatial) or (C, *spatial) to (N, O, *output) or (O, *output)."""
-        self._check_input(input)
+        input = self._check_input(input)
         spatial = len(self.kernel_size)
         channels = input.shape[-spatial - 1] if input.dim() in (spatial + 1, spatial + 2) else None
         if channels != self.in_channels:

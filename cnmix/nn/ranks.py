@@ -63,6 +63,7 @@ class Ranks:
         self._due = False
         self._queued_in = -1
         self._searched = False
+        self._sharded = False
 
     def add(self, member: ModuleQuantizers) -> None:
         """Takes in the quantizers of a module."""
@@ -124,6 +125,7 @@ class Ranks:
             return None
         for module in model.modules():
             for parameters in parameter_groups(module):
+                self._sharded = True
                 mesh = parameters.mesh_info.mesh
                 return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
         return None
@@ -176,14 +178,19 @@ class Ranks:
         """Adds up what the processes noted, and gives every quantizer the state that follows from it."""
         quantizers = [each for each in self._quantizers() if each.observation is not None]
         total = torch.tensor([pack(each.state.step, each.observation) for each in quantizers], dtype=torch.float64)
-        device = dist.distributed_c10d._get_pg_default_device(self.group)
-        total = total.to(device)
+        if "cpu" not in dist.get_backend_config(self.group):
+            total = total.cuda()
         dist.all_reduce(total, group=self.group)
         for quantizer, row in zip(quantizers, total.tolist(), strict=True):
             if row[0]:  # a process ran it
                 steps, seen = unpack(row)
                 quantizer.agree(quantizer.observation.first_step + steps, seen)  # type: ignore[union-attr]
         self._due = False
+        model = None if self._model is None else self._model()
+        if self._sharded and model is not None:
+            from .sharded import gather_integers  # which needs the modules, and they need this
+
+            gather_integers(model)  # each time: loading weights may put new tensors in their place
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:  # a copy finds its own
         return Ranks, ()
@@ -196,6 +203,12 @@ def parameter_groups(module: nn.Module) -> list[Any]:
     state = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None)  # a single one until torch 2.11
     return list(groups) if groups is not None else [each for each in [state._fsdp_param_group] if each is not None]
+
+
+def fully_sharded_modules(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules whose parameters ``fully_shard`` alone has split, which it puts together to compute."""
+    groups = [group for module in model.modules() for group in parameter_groups(module)]
+    return {each._module_info.module for group in groups for each in group.fsdp_params if not each.is_dtensor}
 
 
 def is_fully_sharded(kind: type) -> bool:

@@ -1,0 +1,112 @@
+"""Weights that ``fully_shard`` has split among processes, gathered as the integers that their products take.
+
+Between updates the format of a weight stands, so each process can quantize its own part: one byte an element travels
+in place of four, or two of int16. What arrives is scaled back to float, ``q * 2**position``, which is exact and
+quantizes to the same integers: the module computes the same bits as from the float weight. Where it would not, the
+float weight is gathered: on steps that measure it, for int31, and for stochastic rounding, whose numbers are drawn by
+the place of an element in the whole weight.
+
+torch asks the local tensor of a sharded parameter for what to gather, if it has these two functions ("all-gather
+extensions", the way of torchao's float8 weights). Here they are attributes of the tensor, which stays a plain one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .. import kernels
+from ..fixed_point import FixedPoint, dequantize
+from .modules import QuantizedModule
+from .ranks import parameter_groups
+
+
+def gather_integers(model: nn.Module) -> None:
+    """Lets the weights of the model's converted modules travel as integers, where ``fully_shard`` gathers them.
+
+    Weights that something else than one module may read stay as they are: shared and parametrized ones, those of
+    a mixed-precision policy, those sharded along another dimension than the first, and offloaded ones.
+    """
+    for module in model.modules():
+        for group in parameter_groups(module):
+            for parameter in group.fsdp_params:
+                owner, name = parameter._module_info.module, parameter._module_info.param_name
+                plain = (
+                    isinstance(owner, QuantizedModule)
+                    and name == "weight"
+                    and not is_parametrized(owner)
+                    and not parameter._module_info.shared_modules
+                    and parameter.param_dtype is None
+                    and parameter.orig_dtype == torch.float32
+                    and parameter.fsdp_placement.dim == 0
+                    and not parameter.is_dtensor
+                    and not parameter.offload_to_cpu
+                    and not group._use_post_forward_mesh
+                )
+                local = parameter._sharded_local_tensor
+                if plain and not hasattr(local, "fsdp_pre_all_gather"):
+                    gather = _IntegerGather(parameter, owner)
+                    local.fsdp_pre_all_gather, local.fsdp_post_all_gather = gather.before, gather.after
+                    parameter._init_extensions()
+                    gather.take_over()
+
+
+class _IntegerGather:
+    """What torch calls before and after it gathers one sharded weight.
+
+    Args:
+        parameter: torch's ``FSDPParam``.
+        owner: the module with the weight.
+    """
+
+    def __init__(self, parameter: Any, owner: QuantizedModule) -> None:
+        self._parameter = parameter
+        self._owner = owner
+        self._gathers: torch.dtype | None = None
+
+    def take_over(self) -> None:
+        """Makes the memory of the unsharded parameter, where it exists, one that torch frees and we fill."""
+        parameter = self._parameter
+        if hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_inner_tensors = list(parameter.all_gather_outputs)
+            parameter.all_gather_outputs = []
+
+    def before(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[int, int] | None]:
+        """Returns what to gather: this process's part, padded to the size of the first one's.
+
+        Beside integers goes one that says whether the part is finite.
+        """
+        part = self._parameter._sharded_param_data.view(self._parameter.padded_sharded_param_size)
+        quantizer = self._owner.quantizers.weight
+        state, training = quantizer.state, self._owner.training
+        measures = training and quantizer.due
+        if state.position is None or state.bits > 16 or measures or quantizer.rounding(training) == "stochastic":
+            inputs: tuple[Tensor, ...] = (part,)
+            form = None
+        else:
+            quantized = kernels.quantize_measured(part, state.bits, state.position, quantizer.rounding(training))[0]
+            inputs = (quantized.values, torch.tensor([quantized.finite], dtype=torch.int8))
+            form = state.bits, state.position
+        if self._gathers != inputs[0].dtype:  # torch keeps the outputs of the last gather
+            self._gathers = inputs[0].dtype
+            self._parameter.all_gather_outputs = []
+        return inputs, form
+
+    @torch.no_grad()
+    def after(
+        self, gathered: tuple[Tensor, ...], form: tuple[int, int] | None, dtype: torch.dtype, *, out: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Writes the float weight to ``out``, or returns it where there is none yet, with the memory to free."""
+        if form is None:
+            whole = gathered[0]
+        else:
+            whole = dequantize(FixedPoint(gathered[0], *form, finite=bool(gathered[1].all())))
+        if out is None:
+            whole = whole.clone() if form is None else whole
+            return whole, (whole,)
+        with torch.autograd._unsafe_preserve_version_counter(out):
+            out.copy_(whole[: out.shape[0]])
+        return None
