@@ -37,6 +37,7 @@ def initialize(
     activation_dtype: torch.dtype | str | None = None,
     exclude: Sequence[str] = (),
     rules: Sequence[Rule | Mapping[str, Any]] = (),
+    process_group: Any = None,
     **settings: Any,
 ) -> tuple[Any, Any]:
     """Prepares models and optimizers for training in fixed point, in place.
@@ -63,6 +64,8 @@ def initialize(
         rules: other settings for some modules or operands, as mappings: ``{"modules": "encoder.*", "bitwidth": 16}``,
             ``{"types": "Conv2d", "operands": "grad_output", "rounding": "stochastic"}``, ``{"small": True,
             "leave_out": True}``; see ``cnmix.rules.Rule``. A later rule goes over an earlier one.
+        process_group: the processes (a ``torch.distributed`` group) that train the model together, which then choose
+            one format. Default: those of the DistributedDataParallel or fully_shard that the model trains in.
         **settings: any other field of ``cnmix.QuantizeConfig``: mode, interval, quantify_rate, threshold, alpha, beta,
             gamma, delta, error_measure, rounding, online, saturation, narrowing, exact_int31.
 
@@ -70,13 +73,18 @@ def initialize(
         ``(models, optimizers)`` as given.
 
     Raises:
-        TypeError: if a model is no ``nn.Module`` or an optimizer has no parameter groups.
+        TypeError: if a model is no ``nn.Module``, an optimizer has no parameter groups, or ``process_group`` is none.
         ValueError: for an unknown level or setting (with the nearest known one), a value out of its range, a rule
             that holds for nothing, a model whose weights are not float32 or are shared with a module that stays
             float, a model or a part of one that was initialized otherwise before, or a state that waits for the model
             and does not fit it. Nothing has been changed then.
     """
     level = find_level(opt_level)
+    if process_group is not None and not hasattr(process_group, "allreduce"):
+        raise TypeError(
+            "process_group takes a torch.distributed.ProcessGroup, as torch.distributed.group.WORLD after "
+            f"init_process_group, got {process_group!r}"
+        )
     model_list, optimizer_list = _as_list(models), _as_list(optimizers)
     for model in model_list:
         if not isinstance(model, nn.Module):
@@ -121,6 +129,8 @@ def initialize(
         _report_small(model, own_rules)
     for model in model_list:
         name_modules(model)
+        for ranks in {module.quantizers.ranks for _, module in quantized_modules(model)}:
+            ranks.choose(process_group)
     for model in new_models:
         registry.models[model] = setup
         if registry.waiting_models:

@@ -72,6 +72,7 @@ class ModuleQuantizers:
         weight: quantizer of its weight.
         grad_output: quantizer of the gradient of its output.
         ranks: the processes that train the model.
+        weight_is_integers: whether the float weight is what its integers stand for, as ``sharded`` gathers it.
         fqn: fully qualified name of the module.
         product: "convolution" or "matmul".
         output_dtype: dtype of the module's output; None is that of its input.
@@ -107,6 +108,7 @@ class ModuleQuantizers:
         self._calls = Calls()
         self.reentrant_part: Any = None
         self.output_dtype: torch.dtype | None = None
+        self.weight_is_integers = False
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
         self.handle = _register(self)
@@ -191,6 +193,10 @@ class ModuleQuantizers:
         if torch.is_inference_mode_enabled():  # an ordinary tensor, or the next training step could not save it
             with torch.inference_mode(False):
                 return self.quantize_weight(weight, training)
+        if self.weight_is_integers and training and quantizer.due and state.position is not None:
+            # Gathered for a forward pass that no backward pass followed: the next gather brings what can be measured.
+            quantizer.state.step += 1
+            return self._weight_layout(quantizer.repeated(weight, state.bits, state.position, state.step))
         quantized, found = quantizer.measured(weight, training, with_checksum=True)
         integers = self._weight_layout(quantized)
         # Evaluation between micro-batches must not take away the integers that training drew at random.

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adaptive import Observation, OperandQuantizer
+from ..config import OPERANDS
 from ..fixed_point import BITS
 from .recomputation import current_backward
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from .quantizers import ModuleQuantizers
 
 logger = logging.getLogger("cnmix")
-
-# The operands that differ between processes.
-_OPERANDS = ("input", "grad_output")
 
 # A sum finds the largest exponent: each process adds 2**(14 * exponent), and fewer than 2**14 of them never carry into
 # the next one. float64 has room for 70 exponents, and float32 has 277.
@@ -70,9 +68,9 @@ class Ranks:
         self._members.append(weakref.ref(member))
         self._decide_alone()  # until all processes have found each other anew, with this one
 
-    def choose(self, group: dist.ProcessGroup) -> None:
-        """Decides together with these processes, whatever the model is wrapped in."""
-        self._chosen = group
+    def choose(self, group: dist.ProcessGroup | None) -> None:
+        """Decides together with these processes, whatever the model is wrapped in; None leaves it to the wrapper."""
+        self._chosen = group or self._chosen
 
     def forward_begins(self, member: ModuleQuantizers) -> None:
         """Is called before a module quantizes for a training step."""
@@ -104,6 +102,11 @@ class Ranks:
         elif wrapper is not None:
             group = wrapper.process_group
             self._differ |= wrapper.find_unused_parameters
+            if wrapper._join_config.enable:
+                raise RuntimeError(
+                    "cnmix cannot train under torch's join() for uneven inputs: a process without data takes no part "
+                    "in choosing formats. Give every process as many batches, as DistributedSampler does"
+                )
         elif self.group is not None or self._searched:  # a part of the model that is called by itself
             return self.group
         else:
@@ -131,8 +134,13 @@ class Ranks:
         return None
 
     def _quantizers(self) -> list[OperandQuantizer]:
+        """Returns those whose formats the processes choose together.
+
+        What they measure of weights is the same anyway, unless one of them does not run a module.
+        """
         members = [member() for member in self._members]
-        return [getattr(member, operand) for member in members if member is not None for operand in _OPERANDS]
+        chosen = [name for name in OPERANDS if name != "weight" or self._differ]
+        return [getattr(member, name) for member in members if member is not None for name in chosen]
 
     def _join(self, group: dist.ProcessGroup | None) -> None:
         """Begins to decide together, from the state of the group's first process, as wrappers do with parameters.
@@ -160,19 +168,21 @@ class Ranks:
         dist.broadcast_object_list(states, dist.get_global_rank(group, 0), group=group)
         for member, state in zip(members, states[0], strict=True):
             member.follow(state)
-        # Not the numbers of the others: their data differ, and equal noise would not average out.
         # An update that saturation brings forward is one that no other process knows of.
         watching = any(quantizer.config.saturation is not None for quantizer in self._quantizers())
         self._every_step = self._differ or watching
+        # Each draws its own random numbers: the data differ, and equal noise would not average out.
         key = dist.get_rank(group) * 0x9E3779B97F4A7C15 % 2**64
         for quantizer in self._quantizers():
             quantizer.observation = Observation(first_step=quantizer.state.step)
-            quantizer.draw_key = key
+        for member in members:
+            member.input.draw_key = member.grad_output.draw_key = key
 
     def _decide_alone(self) -> None:
         self.group = None
-        for quantizer in self._quantizers():
-            quantizer.observation, quantizer.draw_key = None, 0
+        for member in self._members:
+            for _, quantizer in member() or ():
+                quantizer.observation, quantizer.draw_key = None, 0
 
     def _decide(self) -> None:
         """Adds up what the processes noted, and gives every quantizer the state that follows from it."""

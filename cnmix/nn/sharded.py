@@ -48,7 +48,7 @@ def gather_integers(model: nn.Module) -> None:
                 )
                 local = parameter._sharded_local_tensor
                 if plain and not hasattr(local, "fsdp_pre_all_gather"):
-                    gather = _IntegerGather(parameter, owner)
+                    gather = _IntegerGather(parameter, owner, group)
                     local.fsdp_pre_all_gather, local.fsdp_post_all_gather = gather.before, gather.after
                     parameter._init_extensions()
                     gather.take_over()
@@ -60,10 +60,12 @@ class _IntegerGather:
     Args:
         parameter: torch's ``FSDPParam``.
         owner: the module with the weight.
+        group: torch's ``FSDPParamGroup`` of the parameter.
     """
 
-    def __init__(self, parameter: Any, owner: QuantizedModule) -> None:
+    def __init__(self, parameter: Any, owner: QuantizedModule, group: Any) -> None:
         self._parameter = parameter
+        self._group = group
         self._owner = owner
         self._gathers: torch.dtype | None = None
 
@@ -82,7 +84,9 @@ class _IntegerGather:
         part = self._parameter._sharded_param_data.view(self._parameter.padded_sharded_param_size)
         quantizer = self._owner.quantizers.weight
         state, training = quantizer.state, self._owner.training
-        measures = training and quantizer.due
+        # Where the weight is kept after a forward pass, a training step may find that of an evaluation.
+        kept = self._group.post_forward_mesh_info is None
+        measures = quantizer.due if training else kept
         if state.position is None or state.bits > 16 or measures or quantizer.rounding(training) == "stochastic":
             inputs: tuple[Tensor, ...] = (part,)
             form = None
@@ -100,6 +104,7 @@ class _IntegerGather:
         self, gathered: tuple[Tensor, ...], form: tuple[int, int] | None, dtype: torch.dtype, *, out: Any = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Writes the float weight to ``out``, or returns it where there is none yet, with the memory to free."""
+        self._owner.quantizers.weight_is_integers = form is not None
         if form is None:
             whole = gathered[0]
         else:
