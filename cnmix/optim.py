@@ -63,10 +63,7 @@ class LossScaler:
             torch._foreach_mul_(gradients, 1.0 / self.scale)
         if self.dynamic and look_for_overflow:
             self.pending = True
-            # One non-finite element makes the sum of the norms non-finite; so does the square of a very large one.
-            total = torch.stack([norm.double() for norm in torch._foreach_norm(gradients)]).sum()
-            if not math.isfinite(total.item()):
-                self.overflow |= not all(bool(gradient.isfinite().all()) for gradient in gradients)
+            self.overflow |= not _are_finite(gradients)
 
     def adjust(self) -> None:
         """Ends an optimizer step: adapts a dynamic scale to what this loss's gradients were."""
@@ -108,6 +105,21 @@ class LossScaler:
         """
         self.check_state(state)
         self.__dict__.update(state)
+
+
+def _are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether all elements are finite; of gradients that ``fully_shard`` has split, in every process."""
+    sharded = [gradient for gradient in gradients if hasattr(gradient, "device_mesh")]
+    local: list[Tensor] = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    # One non-finite element makes the sum of the norms non-finite; so does the square of a very large one.
+    total = torch.stack([norm.double() for norm in torch._foreach_norm(local)]).sum()
+    finite = math.isfinite(total.item()) or all(bool(gradient.isfinite().all()) for gradient in local)
+    for mesh in {gradient.device_mesh for gradient in sharded}:
+        found = torch.tensor(float(finite), device=local[0].device)
+        for dimension in range(mesh.ndim):
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, mesh.get_group(dimension))
+        finite = bool(found)
+    return finite
 
 
 def check_scalers(scalers: Sequence[LossScaler], states: Any) -> None:

@@ -50,6 +50,7 @@ class Gathers:
 
 def build(order, wrap, settings, **options):
     registry.models.clear()
+    registry.optimizers.clear()
     torch.manual_seed(0)
     model = Net()
     if order == "before":
@@ -231,3 +232,27 @@ def reverted(rank):
 
 def test_dequantize(processes):
     assert processes.run(reverted)[0] == ["FSDPConv2d", "FSDPGroupNorm", "FSDPLinear", "FSDPLinear", "FSDPLinear"]
+
+
+def overflow(rank, bad):
+    """Trains with a dynamic loss scale; in one step one part of a gradient is infinite."""
+    model, optimizer = build("after", "each", {"opt_level": "O2", "activation_dtype": "float16"})
+    scales = []
+    for seed in range(4):
+        x, y = batch(2 * seed + rank)
+        optimizer.zero_grad()
+        with cnmix.scale_loss(F.cross_entropy(model(x), y), optimizer) as scaled:
+            scaled.backward()
+            if seed == 2 and rank == bad:
+                model.fc1.weight.grad.to_local()[0, 0] = math.inf
+        optimizer.step()
+        scales.append(cnmix.state_dict()["loss_scalers"][0][0]["scale"])
+    return scales, whole_weights(model)
+
+
+@pytest.mark.parametrize("bad", [None, 0, 1])
+def test_an_overflow_in_one_part_skips_the_step_everywhere(processes, bad):
+    found = processes.run(overflow, bad)
+    expected = [2.0**16] * 4 if bad is None else [2.0**16, 2.0**16, 2.0**15, 2.0**15]
+    assert [each[0] for each in found] == [expected, expected]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
