@@ -15,6 +15,8 @@ from .state import state_dict, upgrade
 
 # Where Lightning keeps the state of CnmixPlugin.
 LIGHTNING_KEY = "CnmixPlugin"
+# What it calls the plain data in the folder of a distributed checkpoint.
+_METADATA = "meta.pt"
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, **extra: Any) -> None:
@@ -57,7 +59,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, plain data only, and checks that it is one.
 
     Returns:
-        What ``save`` wrote; or Lightning's checkpoint of a run with ``CnmixPlugin``, its state under ``cnmix`` too.
+        What ``save`` wrote; or Lightning's checkpoint of a run with ``CnmixPlugin``, a file or the folder that
+        ``ModelParallelStrategy`` writes, its state under ``cnmix`` too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -84,12 +87,14 @@ def check(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads any dict that ``torch.save`` wrote, tensors and plain data only.
+    """Reads any dict that ``torch.save`` wrote, or the folder of Lightning's distributed checkpoint; plain data only.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, or no PyTorch checkpoint with a dict of plain data.
     """
+    if Path(path, _METADATA).is_file():
+        return {**_read_shards(Path(path)), **read_plain(Path(path, _METADATA))}
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
@@ -100,3 +105,17 @@ def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint")
     return dict(checkpoint)
+
+
+def _read_shards(folder: Path) -> dict[str, Any]:
+    """Puts the parts together that the processes of a run wrote, in this process alone."""
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    parts: dict[str, Any] = {}
+    try:
+        _load_state_dict(parts, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{folder} is incomplete, or no distributed checkpoint of PyTorch") from error
+    return parts
