@@ -106,7 +106,12 @@ class OperandQuantizer:
     Attributes:
         observation: what this process saw, where it decides together with others; None where it decides alone.
         draw_key: what the seed is combined with, so that processes with different data draw different numbers.
+        look_next: set it to have the next training step look at its ``shares``, once; this takes two passes more.
+        shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
     """
+
+    look_next = False
+    shares: kernels.Shares | None = None
 
     def __init__(self, config: QuantizeConfig, product: Product, name: str, seed: int = 0) -> None:
         self.config = config
@@ -147,6 +152,8 @@ class OperandQuantizer:
             )
             if training:
                 self._watch_saturation(quantized)
+        if self.look_next and training:
+            self.look(x, quantized)
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
@@ -164,11 +171,17 @@ class OperandQuantizer:
         rounding = self.config.rounding
         return rounding if training or rounding != "stochastic" else "nearest_even"
 
-    def count(self, quantized: FixedPoint, training: bool) -> None:
+    def count(self, x: Tensor, quantized: FixedPoint, training: bool) -> None:
         """Takes a step without an update, whose tensor another quantizer gave these integers in the same format."""
         self.state.step += training
         if training:
             self._watch_saturation(quantized)
+            if self.look_next:
+                self.look(x, quantized)
+
+    def look(self, x: Tensor, quantized: FixedPoint) -> None:
+        """Takes the shares of a training step's tensor, as ``look_next`` asks for, which ends with it."""
+        self.shares, self.look_next = kernels.shares(x, quantized), False
 
     def repeated(self, x: Tensor, bits: int, position: int | None, stream: int) -> FixedPoint:
         """Quantizes as an earlier training step did, without counting one: in that format, with its random draws."""

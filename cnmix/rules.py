@@ -158,9 +158,7 @@ class RuleBook:
         for rule in self.rules:
             for pattern in rule.modules:
                 if not self._has_name(pattern):
-                    near = difflib.get_close_matches(pattern, self._classes, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else "see the names in model.named_modules()"
-                    raise ValueError(f"{_show(rule)}: no module is called {pattern!r}: {hint}")
+                    raise ValueError(f"{_show(rule)}: {no_module_called(pattern, self._classes)}")
             for kind in rule.types:
                 if not self._has_class(kind):
                     name = kind if isinstance(kind, str) else kind.__name__
@@ -214,7 +212,7 @@ class RuleBook:
             raise ValueError(f"the rules for {fqn!r}: {error}") from error
 
     def _has_name(self, pattern: str) -> bool:
-        return any(_matches(fqn, pattern) for fqn in self._classes)
+        return any(matches(fqn, pattern) for fqn in self._classes)
 
     def _has_class(self, kind: str | type) -> bool:
         return any(kind is each or kind == each.__name__ for classes in self._classes.values() for each in classes)
@@ -223,7 +221,7 @@ class RuleBook:
         if rule.small and not _is_small(module):
             return False
         return any(
-            (not rule.modules or any(_matches(fqn, pattern) for pattern in rule.modules))
+            (not rule.modules or any(matches(fqn, pattern) for pattern in rule.modules))
             and (not rule.types or self._within(fqn, rule.types))
             for fqn in self._names[id(module)]
         )
@@ -253,5 +251,13 @@ def _show(rule: Rule) -> str:
     return f"rule { ({**shown, **rule.settings}) }"
 
 
-def _matches(fqn: str, pattern: str) -> bool:
+def no_module_called(pattern: str, names: Iterable[str]) -> str:
+    """Says that no module has this name, and which is the nearest that one has."""
+    near = difflib.get_close_matches(pattern, list(names), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "see the names in model.named_modules()"
+    return f"no module is called {pattern!r}: {hint}"
+
+
+def matches(fqn: str, pattern: str) -> bool:
+    """Whether a pattern of fully qualified names covers this one: the name itself, or one above it."""
     return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")

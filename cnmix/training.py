@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 from . import checkpoint
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
-from .lightning import CnmixPlugin
+from .lightning import CnmixPlugin, CnmixProgressBar
 from .nn.quantizers import check_widths
 from .recipe import (
     build_model,
@@ -211,7 +211,7 @@ def train(
     loader = DataLoader(data[0], recipe.batch_size, sampler=shuffled, generator=torch.Generator().manual_seed(seed))
     test_loader = in_batches(data[1])
     keep_last = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
-    bar = [RichProgressBar(leave=False)] if progress else []
+    bar = [CnmixProgressBar()] if progress else []
     started = time.perf_counter()
     with _quiet_lightning():
         trainer = pl.Trainer(

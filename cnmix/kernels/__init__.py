@@ -18,9 +18,19 @@ from .cpu import (
 )
 from .int8_product import serving_variant
 from .native import Statistics
-from .quantization import channel_sums, checksum, quantize, quantize_measured, saturated_share, sum_of_magnitudes
+from .quantization import (
+    Shares,
+    channel_sums,
+    checksum,
+    quantize,
+    quantize_measured,
+    saturated_share,
+    shares,
+    sum_of_magnitudes,
+)
 
 __all__ = [
+    "Shares",
     "Statistics",
     "channel_sums",
     "checksum",
@@ -34,6 +44,7 @@ __all__ = [
     "quantize_measured",
     "reference",
     "saturated_share",
+    "shares",
     "show_config",
     "sum_of_magnitudes",
     "to_channels_last",

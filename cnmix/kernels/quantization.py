@@ -6,6 +6,7 @@ The compiled part does it in one pass over the tensor; without it torch does, in
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ from .native import Statistics
 
 # Elements quantized at a time: the float32 block stays in the processor's second-level cache.
 _QUANTIZE_BLOCK = 1 << 18
+
+
+class Shares(NamedTuple):
+    """What a format does not hold of a tensor, as shares of all its values.
+
+    Attributes:
+        saturation: of the values whose integer is the smallest or the largest of the format: those beyond the limits,
+            which saturate, and those that round to a limit by themselves.
+        underflow: of the values that are not zero and whose integer is: to nearest, those below half a step.
+    """
+
+    saturation: float
+    underflow: float
 
 
 def quantize(
@@ -118,6 +132,18 @@ def saturated_share(x: FixedPoint) -> float:
     low, high = limits(x.bits)
     at_limits = x.values.eq(low).count_nonzero() + x.values.eq(high).count_nonzero()
     return int(at_limits) / x.values.numel()
+
+
+def shares(x: Tensor, quantized: FixedPoint) -> Shares:
+    """Returns what of ``x``, float of any shape, is at either end of the format that it was quantized in.
+
+    Both shares are in [0, 1], 0 for an empty tensor, and NaN where ``x`` holds NaN or infinity.
+    """
+    if not quantized.finite:
+        return Shares(math.nan, math.nan)
+    # Zero is zero in every format and rounding, so that the zeros that are too many underflowed.
+    lost = int(x.detach().count_nonzero()) - int(quantized.values.count_nonzero())
+    return Shares(saturated_share(quantized), lost / max(x.numel(), 1))
 
 
 def checksum(x: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Precision plugins for PyTorch Lightning; needs ``pip install "cnmix[recipes]"``."""
 
 try:
+    from .callbacks import CnmixMonitor, CnmixProgressBar, CnmixSummary
     from .fabric import FabricCnmixPlugin
     from .trainer import CnmixPlugin
 except ModuleNotFoundError as error:
@@ -10,4 +11,4 @@ except ModuleNotFoundError as error:
         'cnmix.lightning needs Lightning: pip install "cnmix[recipes]"', name=error.name
     ) from error
 
-__all__ = ["CnmixPlugin", "FabricCnmixPlugin"]
+__all__ = ["CnmixMonitor", "CnmixPlugin", "CnmixProgressBar", "CnmixSummary", "FabricCnmixPlugin"]

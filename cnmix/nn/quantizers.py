@@ -187,6 +187,8 @@ class ModuleQuantizers:
         ):
             if training:
                 quantizer.repeat()
+                if quantizer.look_next:
+                    quantizer.look(weight, known)
             return known
         if training and known is None and self._drawn is not None and self._draw_again(weight, key):
             return self.quantize_weight(weight, training)
@@ -260,7 +262,7 @@ class ModuleQuantizers:
         if not (training and quantizer.due):
             known = self._latest_input.find(x, (*place, quantizer.state.bits, quantizer.state.position))
             if known is not None:
-                quantizer.count(known, training)
+                quantizer.count(x, known, training)
                 return known
         integers = quantizer(x, training)
         if self.product == "convolution":

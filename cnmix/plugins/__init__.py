@@ -1,0 +1,1 @@
+"""What the plugins and callbacks of training frameworks have in common."""
