@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -122,22 +121,21 @@ class ProgressBarHooks:
 
     _quantizers: Sequence[OperandQuantizer] = ()
     # (seconds of training, optimizer steps) as each step ended; the first is where the rate counts from.
-    _steps: deque[tuple[float, int]] = deque((), maxlen=0)
+    _steps: Sequence[tuple[float, int]] = ()
     _paused_at: float = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts to count."""
-        self._quantizers = [
-            quantizer for _, module in quantized_modules(pl_module) for _, quantizer in module.quantizers
-        ]
-        self._steps = deque([(time.monotonic(), trainer.global_step)], maxlen=_RATE_STEPS + 1)
+        modules = [module for _, module in quantized_modules(pl_module)]
+        self._quantizers = [quantizer for module in modules for _, quantizer in module.quantizers]
+        self._steps = [(time.monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the optimizer's steps."""
         if self._steps and trainer.global_step > self._steps[-1][1]:
-            self._steps.append((time.monotonic(), trainer.global_step))
+            self._steps = [*self._steps[-_RATE_STEPS:], (time.monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -150,7 +148,7 @@ class ProgressBarHooks:
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Lets the clock go on from where it stopped."""
         paused = time.monotonic() - self._paused_at
-        self._steps = deque(((at + paused, step) for at, step in self._steps), maxlen=self._steps.maxlen)
+        self._steps = [(at + paused, step) for at, step in self._steps]
         bar: Any = super()
         bar.on_validation_end(trainer, pl_module)
 
@@ -254,9 +252,7 @@ def choose_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, Quant
             raise ValueError(f"CnmixMonitor: {no_module_called(pattern, known)}")
         found = {id(module) for module in covered if isinstance(module, QuantizedModule)}
         if not found:
-            raise ValueError(
-                f"CnmixMonitor: nothing in {pattern!r} computes in fixed point; print(cnmix.summary(model)) shows what does"
-            )
+            raise ValueError(f"CnmixMonitor: nothing in {pattern!r} computes in fixed point: see cnmix.summary(model)")
         chosen |= found
     return {fqn: module for fqn, module in converted.items() if id(module) in chosen}
 
