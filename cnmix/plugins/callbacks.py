@@ -28,10 +28,21 @@ _RATE_STEPS = 50
 
 
 class MonitorHooks:
-    """Logs what the operands do.
+    """Logs what the operands do, to every logger of the Trainer.
 
-    At the start of a batch it asks the quantizers to look at their shares, where the batch is one to log, and logs
-    when it ends.
+    The keys are ``cnmix/<module>/<operand>/`` and ``bits``, ``position``, ``interval`` (steps until the next update),
+    ``error`` (QEM at the last update), and of the step that is logged ``saturation`` (share of the values at the limits
+    of the format) and ``underflow`` (share of the values that are not zero and became zero). The step is
+    ``trainer.global_step`` before the batch; of accumulated batches the first is looked at.
+
+    Args:
+        every_n_steps: optimizer steps from one that is logged to the next; step 0 is the first.
+        modules: names, or patterns such as ``encoder.*``, of the modules to log; a name covers all below it. Empty: all.
+        operands: of ``input``, ``weight`` and ``grad_output`` those to log. Empty: all three.
+
+    Raises:
+        TypeError: if ``modules`` or ``operands`` is no list.
+        ValueError: for an unknown operand or an ``every_n_steps`` below 1; when fitting starts, for an unknown module.
     """
 
     def __init__(self, every_n_steps: int = 50, modules: Sequence[str] = (), operands: Sequence[str] = ()) -> None:
@@ -117,7 +128,11 @@ class MonitorHooks:
 
 
 class ProgressBarHooks:
-    """Adds to a progress bar's metrics the mean width of the operands, and the optimizer steps in a second."""
+    """Adds to Lightning's ``RichProgressBar`` the width of the operands, and the optimizer steps in a second.
+
+    ``width`` is the plain mean over all operands of all converted modules; ``steps/s`` is of the last 50 optimizer
+    steps, without validation. The arguments are those of ``RichProgressBar``; it needs ``pip install rich``.
+    """
 
     _quantizers: Sequence[OperandQuantizer] = ()
     # (seconds of training, optimizer steps) as each step ended; the first is where the rate counts from.
@@ -198,7 +213,15 @@ class ProgressBarHooks:
 
 
 class SummaryHooks:
-    """Prints a table of the operands when training ends."""
+    """Prints a table of the operands when fitting ends: width and position, updates, interval and largest error.
+
+    Args:
+        max_rows: modules shown; the rest is summed up in a line.
+
+    Raises:
+        ModuleNotFoundError: without rich: ``pip install rich``.
+        ValueError: for ``max_rows`` below 1.
+    """
 
     def __init__(self, max_rows: int = 40) -> None:
         if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
