@@ -37,7 +37,7 @@ class MonitorHooks:
 
     Args:
         every_n_steps: optimizer steps from one that is logged to the next; step 0 is the first.
-        modules: names, or patterns such as ``encoder.*``, of the modules to log; a name covers all below it. Empty: all.
+        modules: names, or patterns such as ``encoder.*``, of modules to log; a name covers all below it. Empty: all.
         operands: of ``input``, ``weight`` and ``grad_output`` those to log. Empty: all three.
 
     Raises:
