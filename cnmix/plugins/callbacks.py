@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import time
 from collections.abc import Iterable, Sequence
+from time import monotonic
 from typing import Any
 
 from torch import nn
@@ -143,26 +143,26 @@ class ProgressBarHooks:
         """Starts to count."""
         modules = [module for _, module in quantized_modules(pl_module)]
         self._quantizers = [quantizer for module in modules for _, quantizer in module.quantizers]
-        self._steps = [(time.monotonic(), trainer.global_step)]
+        self._steps = [(monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the optimizer's steps."""
         if self._steps and trainer.global_step > self._steps[-1][1]:
-            self._steps = [*self._steps[-_RATE_STEPS:], (time.monotonic(), trainer.global_step)]
+            self._steps = [*self._steps[-_RATE_STEPS:], (monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Stops the clock."""
-        self._paused_at = time.monotonic()
+        self._paused_at = monotonic()
         bar: Any = super()
         bar.on_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Lets the clock go on from where it stopped."""
-        paused = time.monotonic() - self._paused_at
+        paused = monotonic() - self._paused_at
         self._steps = [(at + paused, step) for at, step in self._steps]
         bar: Any = super()
         bar.on_validation_end(trainer, pl_module)

@@ -1,0 +1,562 @@
+import csv
+import functools
+import importlib
+import io
+import math
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rich
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import cnmix
+from cnmix import kernels
+from cnmix.nn import quantized_modules
+from cnmix.plugins import callbacks
+
+BATCHES, BATCH = 6, 4
+NAMES = ("bits", "position", "interval", "error", "saturation", "underflow")
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def package(request):
+    """One of the two packages, with our callbacks for it."""
+    ours = importlib.import_module(f"cnmix.{request.param.split('.')[0]}")
+    with warnings.catch_warnings():
+        for message in ("does not have many workers", "have no `val_dataloader`", "exists and is not empty"):
+            warnings.filterwarnings("ignore", message=f".*{message}.*")
+        yield SimpleNamespace(
+            pl=importlib.import_module(request.param),
+            loggers=importlib.import_module(f"{request.param}.loggers"),
+            Monitor=ours.CnmixMonitor,
+            ProgressBar=ours.CnmixProgressBar,
+            Summary=ours.CnmixSummary,
+        )
+
+
+@pytest.fixture
+def console(monkeypatch, package):
+    """Records what rich's own console prints, at a width that may be set."""
+    recorded = Console(record=True, file=io.StringIO(), width=80)
+    monkeypatch.setattr(rich, "_console", recorded)
+    # The progress bar makes a new one of it otherwise.
+    module = sys.modules[package.ProgressBar.__mro__[2].__module__]
+    monkeypatch.setattr(module, "reconfigure", lambda **settings: None)
+    return recorded
+
+
+def make_task(package, optimizers=1, reentrant=None, fails_at=None, converted=True, skips=()):
+    class Task(package.pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(1, 4, 3)
+            self.fc = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+            self.extra = nn.Linear(3, 3)
+            self.automatic_optimization = optimizers == 1
+            self.seen = {}
+
+        def forward(self, x):
+            return self.fc(F.relu(self.conv(x)).flatten(1))
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == fails_at:
+                raise RuntimeError("out of luck")
+            x, y = batch
+            scores = self(x) if reentrant is None else checkpoint(self, x.requires_grad_(), use_reentrant=reentrant)
+            if batch_idx not in skips:
+                scores = self.extra(scores)
+            loss = F.cross_entropy(scores, y)
+            if optimizers > 1:
+                self.manual_backward(loss)
+                for optimizer in self.optimizers():
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+        def configure_optimizers(self):
+            parts = [self.conv, self.fc, self.extra]
+            every = [torch.optim.SGD(part.parameters(), lr=0.05) for part in parts[: optimizers - 1]]
+            rest = [p for part in parts[optimizers - 1 :] for p in part.parameters()]
+            return [*every, torch.optim.SGD(rest, lr=0.05)]
+
+    task = Task()
+    if converted:
+        cnmix.initialize(task, opt_level="O1")
+    return task
+
+
+def loader(count=BATCH * BATCHES):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 1, 6, 6, generator=generator)
+    return DataLoader(TensorDataset(x, torch.randint(0, 3, (count,), generator=generator)), batch_size=BATCH)
+
+
+def make_trainer(package, tmp_path, *watching, **settings):
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": any(isinstance(each, package.ProgressBar) for each in watching),
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+    }
+    return package.pl.Trainer(callbacks=list(watching), **{**defaults, **settings})
+
+
+class Kept:
+    """A logger's part that matters here."""
+
+    def __init__(self, package):
+        class Memory(package.loggers.Logger):
+            name, version = "memory", 0
+
+            def __init__(self):
+                super().__init__()
+                self.rows = []
+
+            def log_metrics(self, metrics, step=None):
+                self.rows.append((step, dict(metrics)))
+
+            def log_hyperparams(self, *args, **kwargs):
+                pass
+
+        self.logger = Memory()
+
+    @property
+    def rows(self):
+        """(step, what CnmixMonitor logged)."""
+        return [(step, row) for step, row in self.logger.rows if any(key.startswith("cnmix/") for key in row)]
+
+    @property
+    def steps(self):
+        return [step for step, _ in self.rows]
+
+
+def looking(task):
+    return [q.name for _, module in quantized_modules(task) for _, q in module.quantizers if q.look_next]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_what_is_logged(package, tmp_path):
+    task, kept = make_task(package), Kept(package)
+    tensors = {}
+
+    class Watch(package.pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            tensors[batch_idx] = {"weight": task.fc[0].weight.detach().clone()}
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            states = {(fqn, name): q.state_dict() for fqn, m in quantized_modules(task) for name, q in m.quantizers}
+            tensors[batch_idx]["states"] = states
+
+    def note(module, args, output):
+        step = task.trainer.global_step
+        tensors[step]["input"] = args[0].detach().clone()
+        output.register_hook(lambda grad: tensors[step].update(grad_output=grad.clone()))
+
+    task.fc[0].register_forward_hook(note)
+    # The step's own state after it: of the callbacks that run at a batch's end, this one is the first.
+    make_trainer(package, tmp_path, Watch(), package.Monitor(every_n_steps=4), logger=kept.logger).fit(task, loader())
+    assert kept.steps == [0, 4]
+    for step, row in kept.rows:
+        states = tensors[step]["states"]
+        assert set(row) == {f"cnmix/{fqn}/{operand}/{name}" for fqn, operand in states for name in NAMES}
+        for (fqn, operand), state in states.items():
+            for name in NAMES[:4]:
+                assert row[f"cnmix/{fqn}/{operand}/{name}"] == state[name]
+        for operand in ("input", "weight", "grad_output"):
+            x, state = tensors[step][operand], states["fc.0", operand]
+            expected = kernels.shares(x, kernels.quantize_measured(x, state["bits"], state["position"])[0])
+            found = tuple(row[f"cnmix/fc.0/{operand}/{name}"] for name in ("saturation", "underflow"))
+            assert found == expected
+    assert looking(task) == []
+    plain = make_task(package)
+    make_trainer(package, tmp_path).fit(plain, loader())
+    assert same(task, plain)  # to look changes nothing
+    assert cnmix.state_dict(task) == cnmix.state_dict(plain)
+
+
+def test_files_of_two_loggers(package, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    task = make_task(package, skips=(0, 1, 2, 3))  # `extra` has its first position late, and new columns with it
+    folder = {"save_dir": tmp_path, "name": "a", "version": "b"}
+    kinds = (package.loggers.CSVLogger, package.loggers.TensorBoardLogger)
+    several = [kinds[0](**folder, flush_logs_every_n_steps=1), kinds[1](**{**folder, "name": "c"})]
+    make_trainer(package, tmp_path, package.Monitor(every_n_steps=2), logger=several).fit(task, loader())
+
+    with open(tmp_path / "a" / "b" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["cnmix/conv/input/bits"]]
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    everything = {f"cnmix/{fqn}/{operand}/{name}" for fqn in ("conv", "fc.0", "fc.2", "extra")
+                  for operand in ("input", "weight", "grad_output") for name in NAMES}  # fmt: skip
+    assert set(rows[0]) == {"step", *everything}
+    assert [row["cnmix/extra/input/position"] != "" for row in rows] == [False, False, True]
+    assert [row["cnmix/extra/input/saturation"] != "" for row in rows] == [False, False, True]
+    assert [row["cnmix/extra/input/bits"] for row in rows] == ["8"] * 3
+
+    events = EventAccumulator(str(tmp_path / "c" / "b")).Reload()
+    scalars = [key for key in events.Tags()["scalars"] if key.startswith("cnmix/")]
+    assert set(scalars) == everything
+    for key in scalars:
+        drawn = {event.step: event.value for event in events.Scalars(key)}
+        written = {int(row["step"]): float(row[key]) for row in rows if row[key]}
+        assert drawn == pytest.approx(written, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("modules", "operands", "count"),
+    [
+        ([], [], 12),
+        (["conv"], [], 3),
+        (["fc"], ["weight"], 2),
+        (["fc.*", "conv"], ["input", "grad_output"], 6),
+        (["fc.0", "fc"], [], 6),
+    ],
+)
+def test_chosen_modules_and_operands(package, tmp_path, modules, operands, count):
+    task, kept = make_task(package), Kept(package)
+    monitor = package.Monitor(modules=modules, operands=operands)
+    make_trainer(package, tmp_path, monitor, logger=kept.logger).fit(task, loader())
+    assert len(kept.rows[0][1]) == count * len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every_n_steps": 0}, ValueError, "at least 1, got 0"),
+        ({"every_n_steps": 2.0}, ValueError, "whole number of steps"),
+        ({"modules": "fc"}, TypeError, r"write \['fc'\]"),
+        ({"operands": "weight"}, TypeError, r"write \['weight'\]"),
+        ({"operands": ["weigth"]}, ValueError, "did you mean 'weight'"),
+    ],
+)
+def test_bad_arguments(package, arguments, error, message):
+    with pytest.raises(error, match=message):
+        package.Monitor(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cnov", "no module is called 'cnov': did you mean 'conv'"),
+        ("fc.1", "nothing in 'fc.1' computes in fixed point"),
+    ],
+)
+def test_unknown_modules_are_refused_before_training(package, tmp_path, name, message):
+    task = make_task(package)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(package, tmp_path, package.Monitor(modules=["conv", name])).fit(task, loader())
+    assert task.global_step == 0
+
+
+def test_a_word_where_there_is_nothing_to_say(package, tmp_path, caplog, console):
+    kept = Kept(package)
+    watching = package.Monitor(modules=["cnov"]), package.Summary()
+    make_trainer(package, tmp_path, *watching, logger=kept.logger).fit(make_task(package, converted=False), loader())
+    assert kept.rows == []
+    assert "CnmixMonitor has nothing to log: nothing of the model computes in fixed point" in caplog.text
+    assert "CnmixSummary has nothing to print: nothing of the model computes in fixed point" in caplog.text
+    assert console.export_text() == ""
+    task = make_task(package)
+    make_trainer(package, tmp_path, package.Monitor(every_n_steps=1)).fit(task, loader())
+    assert "CnmixMonitor has nowhere to log to: the Trainer has no logger" in caplog.text
+    assert {q.shares for _, module in quantized_modules(task) for _, q in module.quantizers} == {None}
+
+
+def test_accumulated_batches_are_logged_once(package, tmp_path):
+    task, kept = make_task(package), Kept(package)
+    trainer = make_trainer(
+        package, tmp_path, package.Monitor(2), logger=kept.logger, accumulate_grad_batches=2, max_epochs=2
+    )
+    trainer.fit(task, loader())
+    assert trainer.global_step == BATCHES
+    assert kept.steps == [0, 2, 4]
+    assert all(not math.isnan(row["cnmix/conv/weight/underflow"]) for _, row in kept.rows)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 6, 8, 10]), (5, [0, 6, 10])])
+def test_manual_optimization_with_several_steps_in_a_batch(package, tmp_path, every, steps):
+    task, kept = make_task(package, optimizers=2), Kept(package)
+    trainer = make_trainer(package, tmp_path, package.Monitor(every), logger=kept.logger)
+    trainer.fit(task, loader())
+    assert trainer.global_step == 2 * BATCHES
+    assert kept.steps == steps
+    assert "cnmix/fc.0/grad_output/underflow" in kept.rows[-1][1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(package, tmp_path, reentrant):
+    rows = []
+    for each in (None, reentrant):
+        kept = Kept(package)
+        task = make_task(package, reentrant=each)
+        make_trainer(package, tmp_path, package.Monitor(2), logger=kept.logger).fit(task, loader())
+        rows.append(kept.rows)
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(package, tmp_path, epochs):
+    whole, first, second = Kept(package), Kept(package), Kept(package)
+    make_trainer(package, tmp_path, package.Monitor(4), logger=whole.logger, max_epochs=3).fit(
+        make_task(package), loader()
+    )
+    task = make_task(package)
+    trainer = make_trainer(package, tmp_path, package.Monitor(4), logger=first.logger, max_epochs=epochs)
+    trainer.fit(task, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = make_task(package)
+    cnmix.load_state_dict(cnmix.state_dict(task), resumed)
+    trainer = make_trainer(package, tmp_path, package.Monitor(4), logger=second.logger, max_epochs=3)
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert first.rows + second.rows == whole.rows
+    assert whole.steps == [0, 4, 8, 12, 16]
+
+
+def test_nothing_stays_on_where_training_fails(package, tmp_path, console):
+    task, kept = make_task(package, fails_at=2), Kept(package)
+    watching = package.Monitor(1), package.ProgressBar(), package.Summary()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        make_trainer(package, tmp_path, *watching, logger=kept.logger).fit(task, loader())
+    assert kept.steps == [0, 1]
+    assert looking(task) == []
+    assert not watching[0]._watched
+    assert not watching[1]._quantizers
+    assert "Operands" not in console.export_text()
+
+
+def test_an_operand_that_took_no_part_is_not_looked_at_later(package, tmp_path):
+    task, kept = make_task(package, skips=(2, 3)), Kept(package)
+    make_trainer(package, tmp_path, package.Monitor(2), logger=kept.logger).fit(task, loader())
+    assert ["cnmix/extra/input/underflow" in row for _, row in kept.rows] == [True, False, True]
+    assert ["cnmix/extra/input/position" in row for _, row in kept.rows] == [True, True, True]
+
+
+def test_two_monitors(package, tmp_path):
+    kept = Kept(package)
+    watching = package.Monitor(2, modules=["conv"]), package.Monitor(3, operands=["input"])
+    make_trainer(package, tmp_path, *watching, logger=kept.logger).fit(make_task(package), loader())
+    assert kept.steps == [0, 0, 2, 3, 4]
+    assert all("cnmix/conv/input/underflow" in row for _, row in kept.rows)
+
+
+def test_only_rank_zero_logs_and_prints(package, console):
+    task, kept = make_task(package), Kept(package)
+    trainer = SimpleNamespace(is_global_zero=False, loggers=[kept.logger], global_step=0)
+    monitor, table = package.Monitor(1), package.Summary()
+    for each in (monitor, table):
+        each.on_fit_start(trainer, task)
+        each.on_train_start(trainer, task)
+        each.on_train_batch_start(trainer, task, None, 0)
+    assert looking(task) == []
+    for each in (monitor, table):
+        each.on_train_batch_end(trainer, task, None, None, 0)
+        each.on_fit_end(trainer, task)
+        each.teardown(trainer, task, "fit")
+    assert kept.rows == []
+    assert console.export_text() == ""
+    with pytest.raises(ValueError, match="cnov"):  # or the other ranks would wait for it
+        package.Monitor(modules=["cnov"]).on_fit_start(trainer, task)
+
+
+def test_callbacks_are_picklable(package):
+    for each in (package.Monitor(7, ["fc"]), package.ProgressBar(), package.Summary(3)):
+        again = pickle.loads(pickle.dumps(each))
+        assert vars(again) == vars(each)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_progress_bar(package, tmp_path, console, monkeypatch, width):
+    console.width = width
+    task, shown = make_task(package), []
+    clock = SimpleNamespace(now=50.0)
+    for name, each in (("training_step", 1.0), ("validation_step", 100.0)):
+
+        def slow(*args, own, each):
+            clock.now += each
+            return own(*args)
+
+        monkeypatch.setattr(task, name, functools.partial(slow, own=getattr(task, name), each=each))
+    monkeypatch.setattr(callbacks, "monotonic", lambda: clock.now)
+
+    class Bar(package.ProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            shown.append(super().get_metrics(trainer, pl_module))
+            return shown[-1]
+
+    settings = {"val_check_interval": 3, "accumulate_grad_batches": 2, "max_epochs": 2}
+    make_trainer(package, tmp_path, Bar(), **settings).fit(task, loader(), loader())
+    bits = [q.state.bits for _, module in quantized_modules(task) for _, q in module.quantizers]
+    assert shown[-1]["width"] == f"{sum(bits) / len(bits):.1f} bit"
+    assert "steps/s" not in shown[0]  # no step yet
+    rates = [each["steps/s"] for each in shown if "steps/s" in each]
+    assert set(rates) == {"0.50"}  # validation does not count
+    text = console.export_text()
+    assert f"width: {shown[-1]['width']}" in text
+    assert re.search(r"steps/s:\s+0.50", text)
+    assert "it/s" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_progress_bar_without_a_terminal(package):
+    names = package.pl.__name__, package.ProgressBar.__module__
+    code = (
+        "import sys, types; sys.path.insert(0, 'tests/lightning'); import test_callbacks as t, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        f"import {names[0]} as pl, {names[1]} as ours\n"
+        "package = types.SimpleNamespace(pl=pl, ProgressBar=ours.CnmixProgressBar)\n"
+        "trainer = t.make_trainer(package, '.', ours.CnmixProgressBar(), ours.CnmixSummary())\n"
+        "trainer.fit(t.make_task(package), t.loader())"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "6/6" in done.stdout
+    assert " bit" in done.stdout
+    assert done.stdout.index("6/6") < done.stdout.index("Operands in fixed point")
+    assert "\x1b" not in done.stdout
+
+
+def test_own_metrics_go_before_those_of_the_bar(package, tmp_path, console):
+    task = make_task(package)
+    shown = []
+
+    class Watch(package.pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.log("width", 2.0, prog_bar=True)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            shown.append(trainer.progress_bar_callback.get_metrics(trainer, pl_module)["width"])
+
+    make_trainer(package, tmp_path, package.ProgressBar(), Watch()).fit(task, loader())
+    assert shown == [2.0]
+
+
+def make_net(count):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"encoder": nn.Sequential(*[nn.Sequential(nn.Linear(4, 4)) for _ in range(count)])})
+    cnmix.initialize(net, opt_level="O1", max_bitwidth=8, threshold=1e-3)
+    return net
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_summary(package, tmp_path, console, width):
+    console.width = width
+    task = make_task(package)
+    table = package.Summary()
+    trainer = make_trainer(package, tmp_path, table)
+    trainer.fit(task, loader())
+    text = console.export_text()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[1].split() == ["module", "input", "weight", "grad_output", "updates", "interval", "error"]
+    for line, (fqn, module) in zip(lines[3:], quantized_modules(task), strict=False):
+        states = [quantizer.state for _, quantizer in module.quantizers]
+        cells = [cell for state in states for cell in (f"int{state.bits}", f"2^{state.position}")]
+        assert line.split() == [fqn, *cells, "18", "1", f"{max(state.error for state in states):.4f}"]
+    assert lines[7].startswith("all 12 operands: ")
+    assert lines[8] == "6 optimizer steps; 72 updates in 72 quantizations (100.0%)"
+    assert len(lines) == 9
+    trainer.validate(task, loader(), verbose=False)
+    assert console.export_text() == ""  # at the end of fit alone
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_summary_of_many_modules(package, console, width):
+    console.width = width
+    net = make_net(8)
+    for index in range(8):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(index), requires_grad=True)
+        net["encoder"][index](x).square().sum().backward()
+    trainer = SimpleNamespace(is_global_zero=True, global_step=12345)
+    table = package.Summary(max_rows=3)
+    table.on_fit_end(trainer, net)
+    table.teardown(trainer, net, "fit")
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert [line.split()[0] for line in lines[3:6]] == ["encoder.0.0", "encoder.1.0", "encoder.2.0"]
+    assert lines[6].startswith("and 5 more modules: ")
+    assert "largest error 0.0" in lines[6]
+    assert lines[8] == "12,345 optimizer steps; 24 updates in 24 quantizations (100.0%)"
+    exceeding = sum(q.state.exceeds_max_bitwidth for _, m in quantized_modules(net) for _, q in m.quantizers)
+    assert exceeding
+    assert lines[9] == f"! error over its threshold at max_bitwidth: {exceeding} of 24 operands"
+    marked = sum(q.state.exceeds_max_bitwidth for i in range(3) for _, q in net["encoder"][i][0].quantizers)
+    assert sum(line.count("!") for line in lines[3:6]) == marked
+
+
+def test_summary_of_a_model_that_was_not_trained(package, console):
+    table = package.Summary()
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0)
+    table.on_fit_end(trainer, None)
+    table.teardown(trainer, make_net(1), "fit")
+    assert "int8 –" in console.export_text()
+
+
+@pytest.mark.parametrize("rows", [0, 1.5, True])
+def test_bad_number_of_rows(package, rows):
+    with pytest.raises(ValueError, match="whole number of modules, at least 1"):
+        package.Summary(rows)
+
+
+def test_without_rich():
+    code = (
+        "import importlib.metadata as m, importlib.util as u, sys\n"
+        "sys.meta_path.insert(0, type('Hide', (), {'find_spec': staticmethod(lambda name, *rest: (_ for _ in ()).throw("
+        "ModuleNotFoundError(name, name=name)) if name.split('.')[0] == 'rich' else None)}))\n"
+        "real, spec = m.distribution, u.find_spec\n"
+        "def distribution(name):\n"
+        "    if name == 'rich': raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.distribution = distribution\n"
+        "u.find_spec = lambda name, *rest: None if name == 'rich' else spec(name, *rest)\n"
+        "from cnmix.lightning import CnmixMonitor, CnmixProgressBar, CnmixSummary\n"
+        "CnmixMonitor()\n"
+        "for kind in (CnmixProgressBar, CnmixSummary):\n"
+        "    try: kind()\n"
+        "    except ModuleNotFoundError as error: print('pip install' in str(error), 'rich' in str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * 4
+
+
+def test_command_line(package):
+    parser = pytest.importorskip("jsonargparse").ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[package.pl.Callback])
+    module = package.Monitor.__module__.removesuffix(".callbacks")
+    given = [
+        {"class_path": f"{module}.CnmixMonitor", "init_args": {"every_n_steps": 5, "modules": ["fc"]}},
+        {"class_path": f"{module}.CnmixProgressBar", "init_args": {"leave": True}},
+        {"class_path": f"{module}.CnmixSummary", "init_args": {"max_rows": 7}},
+    ]
+    parsed = parser.parse_object({"callbacks": given})
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    monitor, bar, table = build(parsed).callbacks
+    assert (type(monitor), monitor.every_n_steps, monitor.modules) == (package.Monitor, 5, ("fc",))
+    assert (type(bar), type(table), table.max_rows) == (package.ProgressBar, package.Summary, 7)
+    with pytest.raises(Exception, match="every_n_steps"):
+        parser.parse_object({"callbacks": [{**given[0], "init_args": {"every_n_steps": "often"}}]})
