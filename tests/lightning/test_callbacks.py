@@ -560,3 +560,23 @@ def test_command_line(package):
     assert (type(bar), type(table), table.max_rows) == (package.ProgressBar, package.Summary, 7)
     with pytest.raises(Exception, match="every_n_steps"):
         parser.parse_object({"callbacks": [{**given[0], "init_args": {"every_n_steps": "often"}}]})
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+    pl, package = importlib.import_module("lightning.pytorch"), SimpleNamespace()
+    package.pl = pl
+    text = (Path(__file__).resolve().parents[2] / "docs" / "lightning.md").read_text()
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "CnmixMonitor(" in each)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {"task": make_task(package, converted=False), "loader": loader()}
+        exec(block, names)
+    assert names["trainer"].global_step == 2 * BATCHES
+    (table,) = tmp_path.glob("runs/lightning_logs/*/metrics.csv")
+    with open(table, newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row.get("cnmix/conv/input/bits")]
+    assert row["step"] == "0"
+    assert list(tmp_path.glob("runs/lightning_logs/*/events.out.tfevents.*"))
+    assert "Operands in fixed point" in capsys.readouterr().out
+    assert looking(names["task"]) == []
