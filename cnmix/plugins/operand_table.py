@@ -49,21 +49,21 @@ def operand_table(modules: Mapping[str, QuantizedModule], max_rows: int, steps: 
     for fqn, operands in list(states.items())[:max_rows]:
         cells = [_format(state) for state in operands]
         table.add_row(
-            fqn or "(the model)",
+            Text(fqn or "(the model)"),
             *(
                 Text(cell, "bold red" if state.exceeds_max_bitwidth else "")
                 for cell, state in zip(cells, operands, strict=True)
             ),
             f"{sum(state.updates for state in operands):,}",
             _range(state.interval for state in operands),
-            f"{max(state.error for state in operands):.4f}",
+            f"{max(state.error for state in operands):.2g}",
         )
     lines = []
     rest = list(states.values())[max_rows:]
     if rest:
         others = [state for operands in rest for state in operands]
         largest = max(state.error for state in others)
-        lines.append(f"and {len(rest)} more modules: {_describe(others)}; largest error {largest:.4f}")
+        lines.append(f"and {len(rest)} more modules: {_describe(others)}; largest error {largest:.2g}")
     every = [state for operands in states.values() for state in operands]
     lines.append(f"all {len(every)} operands: {_describe(every)}")
     updates, quantized = sum(state.updates for state in every), sum(state.step for state in every)

@@ -86,9 +86,9 @@ def test_an_input_that_another_module_quantized(looks):
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)])
     convert(model, QuantizeConfig(max_bitwidth=8, quantify_rate=0.0))
-    for _ in range(3):
+    for step in range(3):
         x = inputs() * 1.0
-        if _ == 2:
+        if step == 2:
             ask(model)
         sum(part(x).sum() for part in model).backward()
     assert looks.count("input") == 2
@@ -116,3 +116,12 @@ def test_looking_is_no_part_of_the_state(linear):
     for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert other.quantizers.input.shares == linear.quantizers.input.shares
         assert set(other.quantizers.state_dict()) == set(before)
+
+
+def test_compiled(linear, looks):
+    compiled = torch.compile(linear, backend="aot_eager")
+    ask(linear)
+    x = inputs()
+    compiled(x).sum().backward()
+    assert sorted(looks) == sorted(OPERANDS)
+    assert linear.quantizers.input.shares == expected(x, linear.quantizers.input)
