@@ -106,7 +106,7 @@ class OperandQuantizer:
     Attributes:
         observation: what this process saw, where it decides together with others; None where it decides alone.
         draw_key: what the seed is combined with, so that processes with different data draw different numbers.
-        look_next: set it to have the next training step look at its ``shares``, once; it takes passes over the tensor.
+        look_next: set it to have the next training step look at its ``shares``, once, in a few passes over the tensor.
         shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
     """
 
