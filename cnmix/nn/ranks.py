@@ -200,7 +200,8 @@ class Ranks:
         if self._sharded and model is not None:
             from .sharded import gather_integers  # which needs the modules, and they need this
 
-            gather_integers(model)  # each time: loading weights may put new tensors in their place
+            gather_integers(model)
+            self._sharded = False
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:  # a copy finds its own
         return Ranks, ()

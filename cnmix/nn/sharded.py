@@ -46,12 +46,8 @@ def gather_integers(model: nn.Module) -> None:
                     and not parameter.offload_to_cpu
                     and not group._use_post_forward_mesh
                 )
-                local = parameter._sharded_local_tensor
-                if plain and not hasattr(local, "fsdp_pre_all_gather"):
-                    gather = _IntegerGather(parameter, owner, group)
-                    local.fsdp_pre_all_gather, local.fsdp_post_all_gather = gather.before, gather.after
-                    parameter._init_extensions()
-                    gather.take_over()
+                if plain and not hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather"):
+                    _IntegerGather(parameter, owner, group).take_over()
 
 
 class _IntegerGather:
@@ -70,11 +66,24 @@ class _IntegerGather:
         self._gathers: torch.dtype | None = None
 
     def take_over(self) -> None:
-        """Makes the memory of the unsharded parameter, where it exists, one that torch frees and we fill."""
+        """Gathers from now on; the memory of the unsharded parameter becomes one that torch frees and we fill."""
         parameter = self._parameter
+        self._attach()
+        parameter._init_extensions()
         if hasattr(parameter, "_unsharded_param"):
             parameter._unsharded_inner_tensors = list(parameter.all_gather_outputs)
             parameter.all_gather_outputs = []
+        reset = parameter.reset_sharded_param
+
+        def reset_and_attach() -> None:  # loading weights may put another local tensor in the place of this one
+            reset()
+            self._attach()
+
+        parameter.reset_sharded_param = reset_and_attach
+
+    def _attach(self) -> None:
+        local = self._parameter._sharded_local_tensor
+        local.fsdp_pre_all_gather, local.fsdp_post_all_gather = self.before, self.after
 
     def before(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[int, int] | None]:
         """Returns what to gather: this process's part, padded to the size of the first one's.

@@ -191,6 +191,24 @@ def loaded(rank):
     return (cnmix.state_dict(model), whole_weights(model)), (cnmix.state_dict(again), whole_weights(again))
 
 
+def loaded_anew(rank):
+    """Evaluates after weights of another make were put in the place of the sharded ones."""
+    model, optimizer = build("after", "each", SETTINGS["intervals"])
+    train(model, optimizer, [batch(seed) for seed in range(4)])
+    with torch.inference_mode():
+        before = model.eval()(batch(9)[0])
+    weights = {name: torch.clone(value.detach()) for name, value in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    with torch.inference_mode():
+        after = model(batch(9)[0])
+    train(model.train(), optimizer, [batch(seed) for seed in range(2)])
+    return torch.equal(before, after)
+
+
+def test_weights_that_are_assigned(processes):
+    assert processes.run(loaded_anew) == [True, True]
+
+
 def test_going_on_from_whole_weights(processes):
     for went_on, restarted in processes.run(loaded):
         assert same(went_on, restarted)
