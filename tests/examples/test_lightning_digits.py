@@ -1,0 +1,120 @@
+"""The Lightning example in several processes: strategies, torchrun on two nodes, and a process that is killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_digits.py"
+_SECONDS = 240
+
+
+def command(*arguments):
+    return [sys.executable, "-W", "ignore", str(EXAMPLE), *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(*arguments, expected=0):
+    done = subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=_SECONDS, check=False
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+def start(arguments, **options):
+    return subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def saved(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def same(a, b):
+    return a["CnmixPlugin"] == b["CnmixPlugin"] and all(
+        torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"]
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_processes_that_lightning_makes(tmp_path, strategy):
+    printed = run("--strategy", strategy, "--devices", 2, "--epochs", 2, "--output", tmp_path)
+    assert "test accuracy" in printed
+    assert saved(tmp_path)["CnmixPlugin"]["models"][0]["modules"]["net.7"]["operands"]["input"]["step"] == 2 * 22
+
+
+def children(process):
+    """Returns the ids of the processes that a process started, and those that they started."""
+    found, todo = [], [process]
+    while todo:
+        for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+            started = [int(each) for each in task.read_text().split()]
+            found += started
+            todo += started
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
+def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    whole, killed, alone, sharded = (tmp_path / name for name in ("whole", "killed", "alone", "sharded"))
+    both = ["--strategy", "ddp", "--devices", 2, "--epochs", 8]
+    run(*both, "--output", whole)
+    running = start(command(*both, "--output", killed), start_new_session=True)
+    try:
+        began = time.monotonic()
+        while not (killed / "last.ckpt").exists():
+            assert running.poll() is None, running.stdout.read().decode()
+            assert time.monotonic() - began < _SECONDS
+            time.sleep(0.01)
+        (second,) = [each for each in children(running.pid) if b"lightning_digits" in _command_line(each)]
+        os.kill(second, signal.SIGKILL)
+        assert running.wait(_SECONDS) != 0
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    went_on = saved(killed)
+    assert 1 <= went_on["epoch"] + 1 < 8
+    resume = ["--resume", killed / "last.ckpt"]
+    run("--strategy", "fsdp2", "--devices", 2, "--epochs", 8, *resume, "--output", sharded)
+    run("--epochs", 8, *resume, "--output", alone)
+    run(*both, *resume, "--output", killed)
+    assert same(saved(killed), saved(whole))
+    assert saved(alone)["epoch"] == saved(sharded)["epoch"] == 7
+
+
+def _command_line(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_nodes_under_torchrun(tmp_path):
+    port, launched = _free_port(), []
+    for node in range(2):
+        torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
+        where = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        example = command("--strategy", "ddp", "--nodes", 2, "--epochs", 2, "--output", tmp_path)[3:]
+        launched.append(start([sys.executable, *torchrun, *where, *example]))
+    printed = [each.communicate(timeout=_SECONDS)[0].decode() for each in launched]
+    assert [each.returncode for each in launched] == [0, 0], "\n".join(printed)
+    assert "test accuracy" in printed[0]
+    assert "test accuracy" not in printed[1]
+    two = saved(tmp_path)
+    run("--strategy", "ddp", "--devices", 2, "--epochs", 2, "--output", tmp_path / "one node")
+    assert same(two, saved(tmp_path / "one node"))
