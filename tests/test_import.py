@@ -19,7 +19,7 @@ def test_library_imports_no_optional_package():
 @pytest.mark.parametrize(
     ("module", "missing", "message"),
     [
-        ("cnmix.lightning", "lightning", 'cnmix.lightning needs Lightning: pip install "cnmix[recipes]"'),
+        ("cnmix.lightning", "lightning", 'cnmix.lightning needs the package lightning: pip install "cnmix[recipes]"'),
         ("cnmix.cli", "typer", 'the command cnmix needs typer: pip install "cnmix[recipes]"'),
     ],
 )
