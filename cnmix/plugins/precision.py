@@ -81,7 +81,8 @@ class FixedPointPrecision(metaclass=_Explained):
         section = {} if recipe is None else _load_section(recipe)
         if opt_level is not None and not find_level(opt_level).quantizes:
             section = {}  # the baseline, which a recipe's settings are not for
-        self.opt_level = section.pop("opt_level", "O1") if opt_level is None else opt_level
+        recipe_level = section.pop("opt_level", "O1")
+        self.opt_level = recipe_level if opt_level is None else opt_level
         excluded, recipe_rules = section.pop("exclude", ()), section.pop("rules", ())
         recipe_dtype = section.pop("activation_dtype", None)
         given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch}

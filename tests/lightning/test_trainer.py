@@ -3,8 +3,10 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import BATCHES, loader, operands, same, steps_seen
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cnmix import inference
 from cnmix.nn import QuantizedLinear, quantized_modules
@@ -23,26 +25,6 @@ def test_fit(host, tmp_path, given):
     assert steps_seen(task) == {BATCHES}
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({}, BATCHES), ({"limit_train_batches": 4}, 4)])
-def test_steps_per_epoch_come_from_the_trainer(host, tmp_path, settings, steps):
-    task = host.Task()
-    host.trainer(tmp_path, host.Plugin(), **settings).fit(task, loader())
-    assert task.seen == [{steps}] * steps
-
-
-def test_explicit_steps_per_epoch_are_kept(host, tmp_path):
-    task = host.Task()
-    host.trainer(tmp_path, host.Plugin(steps_per_epoch=123)).fit(task, loader())
-    assert task.seen == [{123}] * BATCHES
-
-
-def test_steps_per_epoch_of_the_first_step_decide_its_interval(host, tmp_path):
-    task = host.Task()
-    host.trainer(tmp_path, host.Plugin(settings={"quantify_rate": 0.0}), max_epochs=3).fit(task, loader())
-    intervals = [operand["interval"] for module in operands(task).values() for operand in module.values()]
-    assert max(intervals) <= BATCHES
-
-
 def test_checkpoint(host, tmp_path):
     task = host.Task()
     fitted = host.trainer(tmp_path, host.Plugin())
@@ -54,37 +36,6 @@ def test_checkpoint(host, tmp_path):
     plain.load_state_dict(saved["state_dict"], strict=True)
     assert type(plain.fc) is nn.Linear
     assert same(plain, task)
-
-
-def test_resume_is_bit_exact(host, tmp_path):
-    whole = host.Task()
-    host.trainer(tmp_path, host.Plugin(), max_epochs=4).fit(whole, loader())
-    first = host.trainer(tmp_path, host.Plugin(), max_epochs=2)
-    first.fit(host.Task(), loader())
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = host.Task(seed=8)
-    host.trainer(tmp_path, host.Plugin(), max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
-    assert same(whole, resumed)
-    assert operands(whole) == operands(resumed)
-    assert len({operand["bits"] for module in operands(whole).values() for operand in module.values()}) > 1
-
-
-def test_resume_without_the_plugin(host, tmp_path):
-    first = host.trainer(tmp_path, host.Plugin())
-    first.fit(host.Task(), loader())
-    first.save_checkpoint(tmp_path / "a.ckpt")
-    plain = host.Task(seed=8)
-    host.trainer(tmp_path, None, max_epochs=2).fit(plain, loader(), ckpt_path=tmp_path / "a.ckpt")
-    assert type(plain.fc) is nn.Linear
-
-
-def test_plugin_resumes_from_a_plain_checkpoint(host, tmp_path):
-    first = host.trainer(tmp_path, None)
-    first.fit(host.Task(), loader())
-    first.save_checkpoint(tmp_path / "plain.ckpt")
-    task = host.Task(seed=8)
-    host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(task, loader(), ckpt_path=tmp_path / "plain.ckpt")
-    assert steps_seen(task) == {BATCHES}
 
 
 def test_validate_and_test_after_fit_change_nothing(host, tmp_path):
@@ -142,23 +93,6 @@ def test_manual_optimisation_equals_automatic(host, tmp_path):
     assert operands(manual) == operands(automatic)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"opt_level": "o0"}, ValueError, "did you mean 'O0'"),
-        ({"bitwidth": 9}, ValueError, "bitwidth must be one of 8, 16, 31"),
-        ({"bitwidth": 31, "max_bitwidth": 8}, ValueError, "over max_bitwidth"),
-        ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch"),
-        ({"settings": {"bitwith": 8}}, ValueError, "did you mean 'bitwidth'"),
-        ({"bitwith": 8}, TypeError, "bitwith"),
-        ({"exclude": "fc"}, TypeError, r"write \['fc'\]"),
-    ],
-)
-def test_bad_arguments_at_construction(host, arguments, error, message):
-    with pytest.raises(error, match=message):
-        host.Plugin(**arguments)
-
-
 def test_excluded_and_unknown_modules(host, tmp_path):
     task = host.Task()
     host.trainer(tmp_path, host.Plugin(exclude=["conv"])).fit(task, loader())
@@ -188,8 +122,73 @@ def test_checkpoint_goes_straight_to_integer_inference(host, tmp_path):
         assert torch.equal(model(x), task.eval()(x))
 
 
-def test_one_plugin_tells_each_model_the_steps_in_its_epoch(host, tmp_path):
-    plugin, tasks = host.Plugin(), [host.Task(), host.Task(seed=1)]
+def test_never_fitted(host, tmp_path):
+    running, plain = host.trainer(tmp_path, host.Plugin("O2")), host.Task().eval()
+    task = host.Task()
+    running.validate(task, loader(), verbose=False)
+    running.test(task, loader(), verbose=False)
+    answers = torch.cat(running.predict(task, loader()))
+    assert isinstance(task.fc, QuantizedLinear)
+    assert steps_seen(task) == {0}
+    with torch.no_grad():
+        expected = torch.cat([plain(batch[0]) for batch in loader()])
+    assert answers.dtype == torch.float32
+    assert torch.allclose(answers, expected, atol=0.1 * float(expected.abs().max()))
+
+
+def test_another_plugin_for_the_same_model_is_refused(host, tmp_path):
+    task = host.Task()
+    host.trainer(tmp_path, host.Plugin()).fit(task, loader())
+    host.trainer(tmp_path, host.Plugin()).test(task, loader(), verbose=False)
+    with pytest.raises(ValueError, match="was initialized before, with opt_level 'O1'"):
+        host.trainer(tmp_path, host.Plugin("O2")).test(task, loader(), verbose=False)
+
+
+def test_activation_checkpointing_changes_nothing(host, tmp_path):
+    class Checkpointed(host.Task):
+        def forward(self, x):
+            x = checkpoint(lambda x: F.relu(self.conv(x)), x, use_reentrant=False)
+            return self.fc(x.flatten(1))
+
+    class Whole(host.Task):
+        def forward(self, x):
+            return self.fc(F.relu(self.conv(x)).flatten(1))
+
+    tasks = [Whole(), Checkpointed()]
     for task in tasks:
-        host.trainer(tmp_path, [plugin]).fit(task, loader())
-        assert task.seen[0] == {BATCHES}
+        host.trainer(tmp_path, host.Plugin(loss_scale="dynamic")).fit(task, loader())
+    assert same(*tasks)
+    assert operands(tasks[0]) == operands(tasks[1])
+
+
+def test_compiled(host, tmp_path):
+    tasks = [host.Task(), host.Task()]
+    host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(tasks[0], loader())
+    compiled = torch.compile(tasks[1], backend="aot_eager")
+    host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(compiled, loader())
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(tasks[0].state_dict().values(), tasks[1].state_dict().values(), strict=True)
+    )
+    assert steps_seen(tasks[1]) == {2 * BATCHES}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("place", ["configure_model", "training_step", "validation_step"])
+def test_default_dtype_after_an_exception(host, tmp_path, place):
+    def fail(self, *args):
+        raise ZeroDivisionError
+
+    task = type("Failing", (host.Task,), {place: fail})()
+    with pytest.raises(ZeroDivisionError):
+        host.trainer(tmp_path, host.Plugin("O2", activation_dtype="float16")).fit(task, loader(), loader())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_summary_of_the_example_input(host, tmp_path, capsys):
+    task = host.Task()
+    settings = {"enable_model_summary": True, "max_epochs": 1, "limit_train_batches": 1}
+    host.trainer(tmp_path, host.Plugin("O2"), **settings).fit(task, loader())
+    summary = host.pl.utilities.model_summary.ModelSummary(task)
+    assert summary.out_sizes[summary.layer_names.index("fc")] == [2, 3]
+    assert steps_seen(task) == {1}
