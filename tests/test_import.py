@@ -3,8 +3,27 @@ import sys
 
 import pytest
 
-MODULES = ("cnmix", "cnmix.checkpoint", "cnmix.core", "cnmix.inference", "cnmix.nn", "cnmix.strategies")
-OPTIONAL = ("lightning", "pytorch_lightning", "rich", "typer", "omegaconf", "sklearn", "matplotlib", "scipy", "pandas")
+MODULES = (
+    "cnmix",
+    "cnmix.checkpoint",
+    "cnmix.core",
+    "cnmix.inference",
+    "cnmix.nn",
+    "cnmix.plugins.precision",
+    "cnmix.strategies",
+)
+OPTIONAL = (
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "rich",
+    "typer",
+    "omegaconf",
+    "sklearn",
+    "matplotlib",
+    "scipy",
+    "pandas",
+)
 
 
 def run(code, *options):
@@ -19,7 +38,18 @@ def test_library_imports_no_optional_package():
 @pytest.mark.parametrize(
     ("module", "missing", "message"),
     [
-        ("cnmix.lightning", "lightning", 'cnmix.lightning needs the package lightning: pip install "cnmix[recipes]"'),
+        (
+            "cnmix.lightning",
+            "lightning",
+            'cnmix.lightning needs the package lightning: pip install "cnmix[recipes]" '
+            "(for the package pytorch-lightning, import cnmix.pytorch_lightning)",
+        ),
+        (
+            "cnmix.pytorch_lightning",
+            "pytorch_lightning",
+            'cnmix.pytorch_lightning needs the package pytorch-lightning: pip install "cnmix[recipes]" '
+            "(for the package lightning, import cnmix.lightning)",
+        ),
         ("cnmix.cli", "typer", 'the command cnmix needs typer: pip install "cnmix[recipes]"'),
     ],
 )

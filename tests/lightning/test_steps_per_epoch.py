@@ -62,3 +62,15 @@ def test_data_without_a_length_resumed(host, tmp_path):
     assert resumed.seen == [{BATCHES}] * 2 * BATCHES
     assert same(whole, resumed)
     assert operands(whole) == operands(resumed)
+
+
+def test_data_without_a_length_resumed_within_an_epoch(host, tmp_path):
+    class Saving(host.pl.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            if trainer.global_step == BATCHES + 2:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    for task, options in ((host.Task(), {}), (host.Task(), {"ckpt_path": tmp_path / "within.ckpt"})):
+        running = host.trainer(tmp_path, host.Plugin(), max_epochs=3, callbacks=[Saving()])
+        running.fit(task, DataLoader(Stream(), batch_size=BATCH), **options)
+    assert task.seen[0] == {BATCHES}
