@@ -60,6 +60,14 @@ def test_missing_package_is_named(module, missing, message):
     assert message in done.stderr.strip().splitlines()[-1]
 
 
+def test_recipe_without_omegaconf():
+    done = run(
+        "import sys; sys.modules['omegaconf'] = None\nfrom cnmix.plugins.precision import FixedPointPrecision as Plugin\n"
+        "Plugin('O2', exclude=['head']); Plugin(recipe={})"
+    )
+    assert 'a recipe needs omegaconf: pip install "cnmix[recipes]"' in done.stderr.strip().splitlines()[-1]
+
+
 def test_command_help_imports_no_training():
     done = run(
         "import sys; sys.argv = ['cnmix', '--help']; from cnmix.cli import main\n"

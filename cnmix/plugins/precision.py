@@ -174,8 +174,8 @@ class FixedPointPrecision(metaclass=_Explained):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned, before or after the models are set up.
 
-        The states of models that are not there yet wait for them. At a level in float32 there is nothing to restore,
-        and from one nothing either: a line in the log says so.
+        The states of models that are not there yet wait for them. A level in float32 leaves a state, and the state of
+        such a level has nothing to restore: a line in the log says so. Another level takes it if the widths fit.
 
         Raises:
             TypeError: if it is no dict.
@@ -216,10 +216,7 @@ class FixedPointPrecision(metaclass=_Explained):
         elif saved["modules"]:
             logger.warning("loading a cnmix state: left, as opt_level %r is float32 throughout", self.opt_level)
         elif quantizes:
-            logger.warning("loading a cnmix state: of a float32 run, so operands start with int%s", self._start_width())
-
-    def _start_width(self) -> int:
-        return find_level(self.opt_level).configure(self.settings).bitwidth
+            logger.warning("loading a cnmix state: it is of a float32 run, so operands start anew")
 
     def _live_modules(self) -> Iterator[Module]:
         self._modules = [known for known in self._modules if known() is not None]

@@ -211,7 +211,7 @@ def test_state_of_a_level_in_float32(host, net, caplog):
     caplog.set_level(logging.WARNING, logger="cnmix")
     before = fixed.state_dict()
     fixed.load_state_dict(plain.state_dict())
-    assert "of a float32 run, so operands start with int8" in caplog.text
+    assert "it is of a float32 run, so operands start anew" in caplog.text
     plain.load_state_dict(before)
     assert "left, as opt_level 'O0' is float32 throughout" in caplog.text
     assert fixed.state_dict() == before

@@ -81,7 +81,7 @@ def test_resume_from_the_baseline(host, tmp_path, caplog):
     task = host.Task(seed=8)
     host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(task, loader(), ckpt_path=tmp_path / "run.ckpt")
     assert steps_seen(task) == {BATCHES}
-    assert "of a float32 run, so operands start with int8" in caplog.text
+    assert "it is of a float32 run, so operands start anew" in caplog.text
 
 
 def test_loss_scale_given_anew(host, tmp_path, caplog):
