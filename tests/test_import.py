@@ -62,7 +62,8 @@ def test_missing_package_is_named(module, missing, message):
 
 def test_recipe_without_omegaconf():
     done = run(
-        "import sys; sys.modules['omegaconf'] = None\nfrom cnmix.plugins.precision import FixedPointPrecision as Plugin\n"
+        "import sys; sys.modules['omegaconf'] = None\n"
+        "from cnmix.plugins.precision import FixedPointPrecision as Plugin\n"
         "Plugin('O2', exclude=['head']); Plugin(recipe={})"
     )
     assert 'a recipe needs omegaconf: pip install "cnmix[recipes]"' in done.stderr.strip().splitlines()[-1]
