@@ -152,17 +152,36 @@ def attach_scalers(optimizer: Any, scalers: list[LossScaler]) -> None:
                 f"{type(self).__name__}.step() within a scale_loss block, where gradients are still scaled: call it "
                 "behind the block"
             )
-        overflow = adjust_all(scalers)
-        if closure is None and not overflow:
-            return original(*args, **kwargs)
-        if not overflow:
-            with contextlib.suppress(_NeverFinite):
-                return original(_Evaluation(closure, scalers), *args, **kwargs)
-        _say_overflow("step skipped", scalers)
-        self._opt_called = True  # what a scheduler looks for; a skipped step is no mistake in the script
-        return None
+        return step_unless_overflow(self, scalers, original, closure, *args, **kwargs)
 
     optimizer.step = types.MethodType(step, optimizer)
+
+
+def step_unless_overflow(
+    optimizer: Any, scalers: Sequence[LossScaler], step: Callable[..., Any], closure: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Takes the step of an optimizer, or skips it where gradients of one of its losses overflowed; adapts the scales.
+
+    Args:
+        optimizer: whose step it is.
+        scalers: of its losses.
+        step: takes the step, of a closure or of none, and the other arguments.
+        closure: None, or what computes loss and gradients: where they overflow it is called again with a smaller scale.
+        *args: handed on.
+        **kwargs: likewise.
+
+    Returns:
+        What ``step`` returns; None where it was skipped.
+    """
+    overflow = adjust_all(scalers)
+    if closure is None and not overflow:
+        return step(*args, **kwargs)
+    if not overflow:
+        with contextlib.suppress(_NeverFinite):
+            return step(_Evaluation(closure, scalers), *args, **kwargs)
+    _say_overflow("step skipped", scalers)
+    optimizer._opt_called = True  # what a scheduler looks for; a skipped step is no mistake in the script
+    return None
 
 
 def adjust_all(scalers: Sequence[LossScaler]) -> bool:
@@ -218,11 +237,13 @@ def scalers_of(optimizer: Any) -> list[LossScaler]:
 
 def gradients_of(optimizers: Iterable[Any]) -> list[Tensor]:
     """Returns the gradients of the optimizers' parameters, each once; of sparse ones the values."""
-    parameters = {
-        id(parameter): parameter
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    return gradients_at(
+        parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    )
+
+
+def gradients_at(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the gradients of these parameters, each once; of sparse ones the values."""
+    distinct = {id(parameter): parameter for parameter in parameters}
+    gradients = [parameter.grad for parameter in distinct.values() if parameter.grad is not None]
     return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]

@@ -6,11 +6,12 @@ else has a place in the schema below; an unknown key is refused with the nearest
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -107,15 +108,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ValueError: for an unknown key (with the nearest known one), a value of the wrong type, or a missing one.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no recipe {file}")
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override has the form key=value, got {override!r}")
-    try:
-        given = OmegaConf.load(file)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    given = _read(file)
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, TypeError) as error:
@@ -138,28 +134,74 @@ def merge_recipe(*sources: Any, where: str, folder: Path) -> DictConfig:
     Raises:
         ValueError: as ``load_recipe`` does.
     """
-    schema = OmegaConf.structured(Recipe)
-    try:
-        recipe = schema
-        for source in sources:
-            config = OmegaConf.create(source)
-            if not isinstance(config, DictConfig):
-                raise ValueError("must be a mapping of recipe keys")
-            _check_keys(schema, config, "")
-            recipe = OmegaConf.merge(recipe, config)
+    with _explaining(where):
+        recipe = _merge(sources)
         OmegaConf.resolve(recipe)
         missing = sorted(OmegaConf.missing_keys(recipe))
         if missing:
             raise ValueError(f"lacks {', '.join(missing)}")
         _check_values(recipe)
+    recipe.module = str((folder / recipe.module).resolve())
+    OmegaConf.set_readonly(recipe, True)
+    return recipe
+
+
+def load_section(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the ``cnmix`` section of a recipe, which may lack everything else.
+
+    Args:
+        recipe: the YAML file, or a mapping of the recipe's keys or of the section's.
+
+    Returns:
+        The section's entries as plain data, without those that are null. Names and types have been checked; values are
+        for the level to check.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown key (with the nearest known one), or a value of the wrong type.
+    """
+    if isinstance(recipe, (str, os.PathLike)):
+        where, given = str(recipe), _read(Path(recipe))
+    else:
+        where, given = "recipe", recipe
+    with _explaining(where):
+        if isinstance(recipe, Mapping) and not set(recipe) & {each.name for each in dataclasses.fields(Recipe)}:
+            given = {"cnmix": recipe}
+        section = OmegaConf.to_container(_merge([given]).cnmix, resolve=True)
+    return {str(name): value for name, value in section.items() if value is not None}  # type: ignore[union-attr]
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no recipe {file}")
+    try:
+        return OmegaConf.load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _merge(sources: Iterable[Any]) -> DictConfig:
+    """Merges mappings of recipe keys over the schema, checking every name and type."""
+    schema = recipe = OmegaConf.structured(Recipe)
+    for source in sources:
+        config = OmegaConf.create(source)
+        if not isinstance(config, DictConfig):
+            raise ValueError("must be a mapping of recipe keys")
+        _check_keys(schema, config, "")
+        recipe = OmegaConf.merge(recipe, config)
+    return recipe
+
+
+@contextlib.contextmanager
+def _explaining(where: str) -> Iterator[None]:
+    """Turns what goes wrong within into a ValueError that begins with the recipe's name."""
+    try:
+        yield
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{where}: {key}{str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
-    recipe.module = str((folder / recipe.module).resolve())
-    OmegaConf.set_readonly(recipe, True)
-    return recipe
 
 
 def _check_values(recipe: DictConfig) -> None:

@@ -3,8 +3,27 @@ import sys
 
 import pytest
 
-MODULES = ("cnmix", "cnmix.checkpoint", "cnmix.core", "cnmix.inference", "cnmix.nn", "cnmix.strategies")
-OPTIONAL = ("lightning", "pytorch_lightning", "rich", "typer", "omegaconf", "sklearn", "matplotlib", "scipy", "pandas")
+MODULES = (
+    "cnmix",
+    "cnmix.checkpoint",
+    "cnmix.core",
+    "cnmix.inference",
+    "cnmix.nn",
+    "cnmix.plugins.precision",
+    "cnmix.strategies",
+)
+OPTIONAL = (
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "rich",
+    "typer",
+    "omegaconf",
+    "sklearn",
+    "matplotlib",
+    "scipy",
+    "pandas",
+)
 
 
 def run(code, *options):
@@ -19,7 +38,18 @@ def test_library_imports_no_optional_package():
 @pytest.mark.parametrize(
     ("module", "missing", "message"),
     [
-        ("cnmix.lightning", "lightning", 'cnmix.lightning needs Lightning: pip install "cnmix[recipes]"'),
+        (
+            "cnmix.lightning",
+            "lightning",
+            'cnmix.lightning needs the package lightning: pip install "cnmix[recipes]" '
+            "(for the package pytorch-lightning, import cnmix.pytorch_lightning)",
+        ),
+        (
+            "cnmix.pytorch_lightning",
+            "pytorch_lightning",
+            'cnmix.pytorch_lightning needs the package pytorch-lightning: pip install "cnmix[recipes]" '
+            "(for the package lightning, import cnmix.lightning)",
+        ),
         ("cnmix.cli", "typer", 'the command cnmix needs typer: pip install "cnmix[recipes]"'),
     ],
 )
@@ -28,6 +58,15 @@ def test_missing_package_is_named(module, missing, message):
     done = run(f"{hide}; import {module}")
     assert done.returncode == 1
     assert message in done.stderr.strip().splitlines()[-1]
+
+
+def test_recipe_without_omegaconf():
+    done = run(
+        "import sys; sys.modules['omegaconf'] = None\n"
+        "from cnmix.plugins.precision import FixedPointPrecision as Plugin\n"
+        "Plugin('O2', exclude=['head']); Plugin(recipe={})"
+    )
+    assert 'a recipe needs omegaconf: pip install "cnmix[recipes]"' in done.stderr.strip().splitlines()[-1]
 
 
 def test_command_help_imports_no_training():

@@ -1,1 +1,1 @@
-"""What the plugins and callbacks of training frameworks have in common."""
+"""What the plugins and callbacks for ``lightning`` and for ``pytorch_lightning`` share; imports neither."""

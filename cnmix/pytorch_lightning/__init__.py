@@ -1,12 +1,35 @@
-"""Callbacks for the package ``pytorch_lightning``; needs ``pip install "cnmix[recipes]"``."""
+"""Plugins and callbacks for PyTorch Lightning as the package ``pytorch_lightning``."""
+
+from ..plugins.precision import FixedPointPrecision, FixedPointTrainerPrecision
 
 try:
+    from lightning_fabric.plugins import Precision as FabricPrecision
+    from pytorch_lightning.plugins.precision import Precision
+
     from .callbacks import CnmixMonitor, CnmixProgressBar, CnmixSummary
 except ModuleNotFoundError as error:
-    if error.name is None or not error.name.startswith("pytorch_lightning"):
+    if (error.name or "").split(".")[0] not in ("pytorch_lightning", "lightning_fabric"):
         raise
     raise ModuleNotFoundError(
-        'cnmix.pytorch_lightning needs pytorch_lightning: pip install "cnmix[recipes]"', name=error.name
+        'cnmix.pytorch_lightning needs the package pytorch-lightning: pip install "cnmix[recipes]" '
+        "(for the package lightning, import cnmix.lightning)",
+        name=error.name,
     ) from error
 
-__all__ = ["CnmixMonitor", "CnmixProgressBar", "CnmixSummary"]
+__all__ = ["CnmixMonitor", "CnmixPlugin", "CnmixProgressBar", "CnmixSummary", "FabricCnmixPlugin"]
+
+
+class FabricCnmixPlugin(FixedPointPrecision, FabricPrecision):
+    """Trains in adaptive fixed point under ``lightning_fabric.Fabric(plugins=[FabricCnmixPlugin()])``.
+
+    The arguments are those of ``cnmix.plugins.precision.FixedPointPrecision``. What the quantizers know is in
+    ``state_dict()``, to save beside the model.
+    """
+
+
+class CnmixPlugin(FixedPointTrainerPrecision, Precision):  # type: ignore[misc]
+    """Trains in adaptive fixed point under ``pytorch_lightning.Trainer(plugins=[CnmixPlugin()])``.
+
+    The arguments are those of ``cnmix.plugins.precision.FixedPointPrecision``. The steps in an epoch come from the
+    trainer unless they are given. What the quantizers know is in the checkpoint; the weights there are a plain model's.
+    """

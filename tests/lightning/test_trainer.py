@@ -1,104 +1,22 @@
 import copy
 import pickle
-import warnings
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import BATCHES, loader, operands, same, steps_seen
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.checkpoint import checkpoint
 
 from cnmix import inference
-from cnmix.lightning import CnmixPlugin
 from cnmix.nn import QuantizedLinear, quantized_modules
-
-BATCHES, BATCH = 6, 4
-
-
-class Task(pl.LightningModule):
-    def __init__(self, seed=0, manual=False):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(64, 3)
-        self.automatic_optimization = not manual
-        self.example_input_array = torch.full((2, 1, 6, 6), 1000.0)
-        self.steps = []
-
-    def forward(self, x):
-        return self.fc(F.relu(self.bn(self.conv(x))).flatten(1))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = F.cross_entropy(self(x), y)
-        self.steps.append({module.quantizers.config.steps_per_epoch for _, module in quantized_modules(self)})
-        if not self.automatic_optimization:
-            self.optimizers().zero_grad()
-            self.manual_backward(loss)
-            self.optimizers().step()
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self(1000 * batch[0])
-
-    def test_step(self, batch, batch_idx):
-        self(batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-        warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
-        yield
-
-
-def loader(count=BATCH * BATCHES):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 1, 6, 6, generator=generator)
-    x[::7] *= 30
-    return DataLoader(TensorDataset(x, torch.randint(0, 3, (count,), generator=generator)), batch_size=BATCH)
-
-
-def trainer(tmp_path, plugins, **settings):
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": tmp_path,
-    }
-    return pl.Trainer(plugins=plugins, **{**defaults, **settings})
-
-
-def operands(task):
-    return {fqn: module.quantizers.state_dict()["operands"] for fqn, module in quantized_modules(task)}
-
-
-def steps_seen(task):
-    return {operand["step"] for module in operands(task).values() for operand in module.values()}
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("given", ["one", "list"])
-def test_fit(tmp_path, given):
-    task, plugin = Task(), CnmixPlugin(opt_level="O1")
+def test_fit(host, tmp_path, given):
+    task, plugin = host.Task(), host.Plugin(opt_level="O1")
     before = task.fc.weight.detach().clone()
-    fitting = trainer(tmp_path, plugin if given == "one" else [plugin])
+    fitting = host.trainer(tmp_path, plugin if given == "one" else [plugin])
     fitting.fit(task, loader())
     assert fitting.precision_plugin is plugin
     assert fitting.precision == "32-true"
@@ -107,73 +25,22 @@ def test_fit(tmp_path, given):
     assert steps_seen(task) == {BATCHES}
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({}, BATCHES), ({"limit_train_batches": 4}, 4)])
-def test_steps_per_epoch_come_from_the_trainer(tmp_path, settings, steps):
-    task = Task()
-    trainer(tmp_path, CnmixPlugin(), **settings).fit(task, loader())
-    assert task.steps == [{steps}] * steps
-
-
-def test_explicit_steps_per_epoch_are_kept(tmp_path):
-    task = Task()
-    trainer(tmp_path, CnmixPlugin(steps_per_epoch=123)).fit(task, loader())
-    assert task.steps == [{123}] * BATCHES
-
-
-def test_steps_per_epoch_of_the_first_step_decide_its_interval(tmp_path):
-    task = Task()
-    trainer(tmp_path, CnmixPlugin(settings={"quantify_rate": 0.0}), max_epochs=3).fit(task, loader())
-    intervals = [operand["interval"] for module in operands(task).values() for operand in module.values()]
-    assert max(intervals) <= BATCHES
-
-
-def test_checkpoint(tmp_path):
-    task = Task()
-    fitted = trainer(tmp_path, CnmixPlugin())
+def test_checkpoint(host, tmp_path):
+    task = host.Task()
+    fitted = host.trainer(tmp_path, host.Plugin())
     fitted.fit(task, loader())
     fitted.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["CnmixPlugin"]["models"][0]["modules"]) == {"conv", "fc"}
-    plain = Task(seed=4)
+    plain = host.Task(seed=4)
     plain.load_state_dict(saved["state_dict"], strict=True)
     assert type(plain.fc) is nn.Linear
     assert same(plain, task)
 
 
-def test_resume_is_bit_exact(tmp_path):
-    whole = Task()
-    trainer(tmp_path, CnmixPlugin(), max_epochs=4).fit(whole, loader())
-    first = trainer(tmp_path, CnmixPlugin(), max_epochs=2)
-    first.fit(Task(), loader())
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = Task(seed=8)
-    trainer(tmp_path, CnmixPlugin(), max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
-    assert same(whole, resumed)
-    assert operands(whole) == operands(resumed)
-    assert len({operand["bits"] for module in operands(whole).values() for operand in module.values()}) > 1
-
-
-def test_resume_without_the_plugin(tmp_path):
-    first = trainer(tmp_path, CnmixPlugin())
-    first.fit(Task(), loader())
-    first.save_checkpoint(tmp_path / "a.ckpt")
-    plain = Task(seed=8)
-    trainer(tmp_path, None, max_epochs=2).fit(plain, loader(), ckpt_path=tmp_path / "a.ckpt")
-    assert type(plain.fc) is nn.Linear
-
-
-def test_plugin_resumes_from_a_plain_checkpoint(tmp_path):
-    first = trainer(tmp_path, None)
-    first.fit(Task(), loader())
-    first.save_checkpoint(tmp_path / "plain.ckpt")
-    task = Task(seed=8)
-    trainer(tmp_path, CnmixPlugin(), max_epochs=2).fit(task, loader(), ckpt_path=tmp_path / "plain.ckpt")
-    assert steps_seen(task) == {BATCHES}
-
-
-def test_validate_and_test_after_fit_change_nothing(tmp_path):
-    task = Task()
-    running = trainer(tmp_path, CnmixPlugin())
+def test_validate_and_test_after_fit_change_nothing(host, tmp_path):
+    task = host.Task()
+    running = host.trainer(tmp_path, host.Plugin())
     running.fit(task, loader(), loader())
     before, weights = copy.deepcopy(operands(task)), copy.deepcopy(task)
     running.validate(task, loader(), verbose=False)
@@ -187,93 +54,141 @@ def test_validate_and_test_after_fit_change_nothing(tmp_path):
     assert steps_seen(task) == {2 * BATCHES}
 
 
-def test_sanity_validation_and_summary_move_no_statistics(tmp_path):
-    plain, looked_at = Task(), Task()
-    trainer(tmp_path, CnmixPlugin()).fit(plain, loader())
+def test_sanity_validation_and_summary_move_no_statistics(host, tmp_path):
+    plain, looked_at = host.Task(), host.Task()
+    host.trainer(tmp_path, host.Plugin()).fit(plain, loader())
     settings = {"num_sanity_val_steps": 2, "enable_model_summary": True}
-    trainer(tmp_path, CnmixPlugin(), **settings).fit(looked_at, loader(), loader())
+    host.trainer(tmp_path, host.Plugin(), **settings).fit(looked_at, loader(), loader())
     assert operands(plain) == operands(looked_at)
     assert same(plain, looked_at)
 
 
-def test_accumulated_batches(tmp_path):
-    task = Task()
-    running = trainer(tmp_path, CnmixPlugin(), accumulate_grad_batches=2)
+def test_accumulated_batches(host, tmp_path):
+    task = host.Task()
+    running = host.trainer(tmp_path, host.Plugin(), accumulate_grad_batches=2)
     running.fit(task, loader())
     assert running.global_step == BATCHES // 2
     assert steps_seen(task) == {BATCHES}
 
 
-def test_gradient_clipping(tmp_path):
+def test_gradient_clipping(host, tmp_path):
     norms = []
 
-    class Clipped(Task):
+    class Clipped(host.Task):
         def on_before_zero_grad(self, optimizer):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             if gradients:
                 norms.append(nn.utils.get_total_norm(gradients).item())
 
-    trainer(tmp_path, CnmixPlugin(), gradient_clip_val=0.01).fit(Clipped(), loader())
+    host.trainer(tmp_path, host.Plugin(), gradient_clip_val=0.01).fit(Clipped(), loader())
     assert norms
     assert max(norms) < 0.0101
 
 
-def test_manual_optimisation_equals_automatic(tmp_path):
-    manual, automatic = Task(manual=True), Task()
+def test_manual_optimisation_equals_automatic(host, tmp_path):
+    manual, automatic = host.Task(manual=True), host.Task()
     for task in (manual, automatic):
-        trainer(tmp_path, CnmixPlugin()).fit(task, loader())
+        host.trainer(tmp_path, host.Plugin()).fit(task, loader())
     assert same(manual, automatic)
     assert operands(manual) == operands(automatic)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"opt_level": "o0"}, ValueError, "did you mean 'O0'"),
-        ({"bitwidth": 9}, ValueError, "bitwidth must be one of 8, 16, 31"),
-        ({"bitwidth": 31, "max_bitwidth": 8}, ValueError, "over max_bitwidth"),
-        ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch"),
-        ({"settings": {"bitwith": 8}}, ValueError, "did you mean 'bitwidth'"),
-        ({"bitwith": 8}, TypeError, "bitwith"),
-        ({"exclude": "fc"}, TypeError, r"write \['fc'\]"),
-    ],
-)
-def test_bad_arguments_at_construction(arguments, error, message):
-    with pytest.raises(error, match=message):
-        CnmixPlugin(**arguments)
-
-
-def test_excluded_and_unknown_modules(tmp_path):
-    task = Task()
-    trainer(tmp_path, CnmixPlugin(exclude=["conv"])).fit(task, loader())
+def test_excluded_and_unknown_modules(host, tmp_path):
+    task = host.Task()
+    host.trainer(tmp_path, host.Plugin(exclude=["conv"])).fit(task, loader())
     assert [fqn for fqn, _ in quantized_modules(task)] == ["fc"]
     with pytest.raises(ValueError, match="no module is called 'cnov': did you mean 'conv'"):
-        trainer(tmp_path, CnmixPlugin(exclude=["cnov"])).fit(Task(), loader())
+        host.trainer(tmp_path, host.Plugin(exclude=["cnov"])).fit(host.Task(), loader())
 
 
-def test_plugin_is_picklable(tmp_path):
-    plugin = CnmixPlugin(bitwidth=16, exclude=["conv"], settings={"gamma": 1.0})
+def test_plugin_is_picklable(host, tmp_path):
+    plugin = host.Plugin(bitwidth=16, exclude=["conv"], settings={"gamma": 1.0})
     assert bool(plugin)
     again = pickle.loads(pickle.dumps(plugin))
-    task = Task()
-    trainer(tmp_path, again).fit(task, loader())
+    task = host.Task()
+    host.trainer(tmp_path, again).fit(task, loader())
     assert isinstance(task.fc, QuantizedLinear)
     assert task.fc.quantizers.config.gamma == 1.0
     pickle.dumps(again)
 
 
-def test_checkpoint_goes_straight_to_integer_inference(tmp_path):
-    task, fitted = Task(), trainer(tmp_path, [CnmixPlugin()])
+def test_checkpoint_goes_straight_to_integer_inference(host, tmp_path):
+    task, fitted = host.Task(), host.trainer(tmp_path, [host.Plugin()])
     fitted.fit(task, loader())
     fitted.save_checkpoint(tmp_path / "run.ckpt")
-    model = inference.prepare(Task(seed=1), tmp_path / "run.ckpt")
+    model = inference.prepare(host.Task(seed=1), tmp_path / "run.ckpt")
     x = torch.randn(3, 1, 6, 6)
     with torch.no_grad():
         assert torch.equal(model(x), task.eval()(x))
 
 
-def test_one_plugin_tells_each_model_the_steps_in_its_epoch(tmp_path):
-    plugin, tasks = CnmixPlugin(), [Task(), Task(seed=1)]
+def test_never_fitted(host, tmp_path):
+    running, plain = host.trainer(tmp_path, host.Plugin("O2")), host.Task().eval()
+    task = host.Task()
+    running.validate(task, loader(), verbose=False)
+    running.test(task, loader(), verbose=False)
+    answers = torch.cat(running.predict(task, loader()))
+    assert isinstance(task.fc, QuantizedLinear)
+    assert steps_seen(task) == {0}
+    with torch.no_grad():
+        expected = torch.cat([plain(batch[0]) for batch in loader()])
+    assert answers.dtype == torch.float32
+    assert torch.allclose(answers, expected, atol=0.1 * float(expected.abs().max()))
+
+
+def test_another_plugin_for_the_same_model_is_refused(host, tmp_path):
+    task = host.Task()
+    host.trainer(tmp_path, host.Plugin()).fit(task, loader())
+    host.trainer(tmp_path, host.Plugin()).test(task, loader(), verbose=False)
+    with pytest.raises(ValueError, match="was initialized before, with opt_level 'O1'"):
+        host.trainer(tmp_path, host.Plugin("O2")).test(task, loader(), verbose=False)
+
+
+def test_activation_checkpointing_changes_nothing(host, tmp_path):
+    class Checkpointed(host.Task):
+        def forward(self, x):
+            x = checkpoint(lambda x: F.relu(self.conv(x)), x, use_reentrant=False)
+            return self.fc(x.flatten(1))
+
+    class Whole(host.Task):
+        def forward(self, x):
+            return self.fc(F.relu(self.conv(x)).flatten(1))
+
+    tasks = [Whole(), Checkpointed()]
     for task in tasks:
-        trainer(tmp_path, [plugin]).fit(task, loader())
-        assert task.steps[0] == {BATCHES}
+        host.trainer(tmp_path, host.Plugin(loss_scale="dynamic")).fit(task, loader())
+    assert same(*tasks)
+    assert operands(tasks[0]) == operands(tasks[1])
+
+
+def test_compiled(host, tmp_path):
+    tasks = [host.Task(), host.Task()]
+    host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(tasks[0], loader())
+    compiled = torch.compile(tasks[1], backend="aot_eager")
+    host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(compiled, loader())
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(tasks[0].state_dict().values(), tasks[1].state_dict().values(), strict=True)
+    )
+    assert steps_seen(tasks[1]) == {2 * BATCHES}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("place", ["configure_model", "training_step", "validation_step"])
+def test_default_dtype_after_an_exception(host, tmp_path, place):
+    def fail(self, *args):
+        raise ZeroDivisionError
+
+    task = type("Failing", (host.Task,), {place: fail})()
+    with pytest.raises(ZeroDivisionError):
+        host.trainer(tmp_path, host.Plugin("O2", activation_dtype="float16")).fit(task, loader(), loader())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_summary_of_the_example_input(host, tmp_path, capsys):
+    task = host.Task()
+    settings = {"enable_model_summary": True, "max_epochs": 1, "limit_train_batches": 1}
+    host.trainer(tmp_path, host.Plugin("O2"), **settings).fit(task, loader())
+    summary = host.pl.utilities.model_summary.ModelSummary(task)
+    assert summary.out_sizes[summary.layer_names.index("fc")] == [2, 3]
+    assert steps_seen(task) == {1}
