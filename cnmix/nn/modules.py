@@ -43,14 +43,15 @@ class QuantizedModule(nn.Module):
     def _check_input(self, x: Tensor) -> Tensor:
         """Returns the input to compute with."""
         fqn = self.quantizers.fqn
-        if is_distributed(x) or is_distributed(self.weight):
+        if not torch.compiler.is_compiling() and (is_distributed(x) or is_distributed(self.weight)):
             raise RuntimeError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
         if not x.is_floating_point():
             raise TypeError(f"{fqn!r} takes a float tensor, got {x.dtype}")
         if x.device.type != "cpu":
             raise RuntimeError(f"{fqn!r} got a tensor on {x.device}: this version of cnmix computes on the CPU")
-        # What a tensor-parallel neighbour's collective has yet to deliver: any operation but a view waits for it.
-        return x.clone() if type(x).__module__ == "torch.distributed._functional_collectives" else x
+        if torch.compiler.is_compiling() or type(x).__module__ != "torch.distributed._functional_collectives":
+            return x
+        return x.clone()  # a tensor-parallel neighbour's collective is under way: any operation but a view waits for it
 
     def _moves_statistics(self) -> bool:
         if self.training and self.quantizers.frozen:
