@@ -32,9 +32,10 @@ class Digits(pl.LightningModule):
         sharded: whether the processes share the parameters out among them (FSDP2).
         epochs: for the schedule of the learning rate.
         lr: learning rate at the start.
+        seed: for dropout.
     """
 
-    def __init__(self, sharded: bool, epochs: int, lr: float) -> None:
+    def __init__(self, sharded: bool, epochs: int, lr: float, seed: int) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = handwriting.build_model()
@@ -47,6 +48,10 @@ class Digits(pl.LightningModule):
                 if any(True for _ in layer.parameters()):
                     fully_shard(layer, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds dropout, so that a resumed run draws what an uninterrupted one would, and each process its own."""
+        torch.manual_seed((100_000 * self.hparams.seed + self.global_step) * self.trainer.world_size + self.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Returns the loss."""
@@ -101,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    task = Digits(args.strategy == "fsdp2", args.epochs, args.lr)
+    task = Digits(args.strategy == "fsdp2", args.epochs, args.lr, args.seed)
     loader = DataLoader(train_data, share, shuffle=True)
     trainer.fit(task, loader, ckpt_path=args.resume)
     # ddp_spawn and ddp_fork train in processes that are gone by now: the checkpoint has what the quantizers know.
