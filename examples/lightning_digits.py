@@ -2,7 +2,7 @@
 
 python examples/lightning_digits.py
 python examples/lightning_digits.py --strategy ddp --devices 2
-python examples/lightning_digits.py --strategy fsdp2 --devices 2 --resume runs/lightning_digits/last.ckpt
+python examples/lightning_digits.py --strategy fsdp2 --devices 2 --resume runs/lightning_digits/epoch=9.ckpt
 torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 29500 \
     examples/lightning_digits.py --strategy ddp --nodes 2      # and on the second machine with --node-rank 1
 """
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--strategy", default="auto", help="auto, ddp, ddp_spawn, ddp_fork or fsdp2")
     parser.add_argument("--devices", type=int, default=1, help="processes on this machine")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument("--shards", action="store_true", help="with fsdp2 every process saves its own part")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64, help="images in a step, over all processes")
     parser.add_argument("--lr", type=float, default=0.05)
@@ -89,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pl.seed_everything(args.seed)
     train_data, test_data = handwriting.load()
-    share = args.batch_size // (args.devices * args.nodes)
     processes = args.devices * args.nodes
+    share = args.batch_size // processes
     strategy: Any = args.strategy
     if strategy == "fsdp2":
-        strategy = ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=args.shards)
     trainer = pl.Trainer(
         accelerator="cpu",
         strategy=strategy,
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_nodes=args.nodes,
         plugins=[CnmixPlugin(args.opt_level)],
         max_epochs=args.epochs,
-        callbacks=[ModelCheckpoint(args.output, filename="last", enable_version_counter=False)],
+        # Saved under a new name, after which the one before is removed: there is always one that is whole.
+        callbacks=[ModelCheckpoint(args.output, filename="{epoch}")],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -110,9 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     loader = DataLoader(train_data, share, shuffle=True)
     trainer.fit(task, loader, ckpt_path=args.resume)
     # ddp_spawn and ddp_fork train in processes that are gone by now: the checkpoint has what the quantizers know.
-    trainer.test(task, DataLoader(test_data, 50), ckpt_path=args.output / "last.ckpt", verbose=False)
+    trainer.test(task, DataLoader(test_data, 50), ckpt_path="best", verbose=False)
     if trainer.is_global_zero:
-        print(f"test accuracy {trainer.callback_metrics['test_accuracy']:.2%}, {args.output / 'last.ckpt'}")
+        saved = trainer.checkpoint_callback.best_model_path
+        print(f"test accuracy {trainer.callback_metrics['test_accuracy']:.2%}, {saved}")
 
 
 if __name__ == "__main__":

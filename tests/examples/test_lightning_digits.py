@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cnmix import checkpoint, inference
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_digits.py"
 _SECONDS = 240
 
@@ -41,8 +43,13 @@ def wait(process):
     return process.returncode, printed
 
 
+def last(folder):
+    """Returns the checkpoint that a run left last; None where there is none yet."""
+    return max(folder.glob("*.ckpt"), key=lambda each: int(each.stem.split("=")[1]), default=None)
+
+
 def saved(folder):
-    return torch.load(folder / "last.ckpt", weights_only=True)
+    return checkpoint.load(last(folder))
 
 
 def same(a, b):
@@ -70,14 +77,14 @@ def children(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
-def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    whole, killed, alone, sharded = (tmp_path / name for name in ("whole", "killed", "alone", "sharded"))
+def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path, example):
+    whole, killed, again, alone = (tmp_path / name for name in ("whole", "killed", "again", "alone"))
     both = ["--strategy", "ddp", "--devices", 2, "--epochs", 4]
     run(*both, "--output", whole)
     running = start(command(*both, "--output", killed), start_new_session=True)
     try:
         began = time.monotonic()
-        while not (killed / "last.ckpt").exists():
+        while last(killed) is None:
             assert running.poll() is None
             assert time.monotonic() - began < _SECONDS
             time.sleep(0.01)
@@ -90,12 +97,11 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path):
             wait(running)
     went_on = saved(killed)
     assert 1 <= went_on["epoch"] + 1 < 4
-    resume = ["--resume", killed / "last.ckpt"]
-    run("--strategy", "fsdp2", "--devices", 2, "--epochs", 4, *resume, "--output", sharded)
-    run("--epochs", 4, *resume, "--output", alone)
-    run(*both, *resume, "--output", killed)
-    assert same(saved(killed), saved(whole))
-    assert saved(alone)["epoch"] == saved(sharded)["epoch"] == 3
+    resume = ["--resume", last(killed)]
+    example("lightning_digits").main([str(each) for each in ["--epochs", 4, *resume, "--output", alone]])
+    run(*both, *resume, "--output", again)
+    assert same(saved(again), saved(whole))
+    assert saved(alone)["epoch"] == 3
 
 
 def _command_line(process):
@@ -125,3 +131,12 @@ def test_two_nodes_under_torchrun(tmp_path):
     two = saved(tmp_path)
     run("--strategy", "ddp", "--devices", 2, "--epochs", 2, "--output", tmp_path / "one node")
     assert same(two, saved(tmp_path / "one node"))
+
+
+def test_every_process_saves_its_part(tmp_path, example):
+    both = ["--strategy", "fsdp2", "--devices", 2]
+    run(*both, "--shards", "--epochs", 1, "--output", tmp_path / "parts")
+    assert last(tmp_path / "parts").is_dir()
+    task = example("lightning_digits").Digits(sharded=True, epochs=1, lr=0.1, seed=0)
+    integers = inference.prepare(task, last(tmp_path / "parts"))
+    assert integers.net(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
