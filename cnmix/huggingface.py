@@ -47,9 +47,9 @@ _HALF_FLAGS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
 class CnmixCallback(TrainerCallback, ExportableState):
     """Trains in adaptive fixed point under ``transformers.Trainer``.
 
-    The model is converted in place when the Trainer is built. The steps in an epoch come from the trainer's loader unless
-    they are given. The quantizers' state is in ``trainer_state.json`` of each checkpoint, the weights there are a plain
-    model's; resuming and ``load_best_model_at_end`` restore both.
+    The model is converted in place when the Trainer is built. The steps in an epoch come from the trainer's loader
+    unless they are given. The quantizers' state is in ``trainer_state.json`` of each checkpoint, the weights there are
+    a plain model's; resuming and ``load_best_model_at_end`` restore both.
 
     Args:
         opt_level: "O0" to "O3", see ``cnmix.initialize``.
@@ -100,6 +100,8 @@ class CnmixCallback(TrainerCallback, ExportableState):
         self._convert(args, model)  # of model_init, or where the callback was added later
         if state.global_step > 0:
             self._resume(state.stateful_callbacks)
+        # The Trainer looks for an entry where it saves; a checkpoint without this callback brought none.
+        state.stateful_callbacks.setdefault(type(self).__name__, {})
         if "steps_per_epoch" not in self.settings and _has_length(train_dataloader):
             for _, module in quantized_modules(model):
                 module.quantizers.change_settings(steps_per_epoch=max(1, len(train_dataloader)))
@@ -149,8 +151,8 @@ def prepare(model: Model, folder: str | os.PathLike[str]) -> Model:
 
     Args:
         model: a plain model with the checkpoint's weights: what ``from_pretrained(folder)`` returned.
-        folder: a checkpoint of a Trainer with ``CnmixCallback``, or its ``output_dir`` after ``trainer.save_model()`` and
-            ``trainer.save_state()``.
+        folder: a checkpoint of a Trainer with ``CnmixCallback``, or its ``output_dir`` after ``trainer.save_model()``
+            and ``trainer.save_state()``.
 
     Returns:
         The same model, in evaluation mode, its Linear and convolution modules computing on integers.

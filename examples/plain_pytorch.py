@@ -11,38 +11,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import digits_data
+import handwriting
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 import cnmix
 from cnmix import inference
-
-
-def build_model() -> nn.Module:
-    """Returns a small convolutional network for images (N, 1, 8, 8) of ten digits."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.25),
-        nn.Linear(1024, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Returns the share of images that the model classifies right."""
-    images, classes = data.tensors
-    return (model.eval()(images).argmax(1) == classes).float().mean().item()
 
 
 def save(state: dict[str, object], path: Path) -> None:
@@ -55,12 +32,12 @@ def save(state: dict[str, object], path: Path) -> None:
 
 def train(args: argparse.Namespace, rank: int, world: int) -> None:
     """Trains, saves after each epoch, and evaluates in float and with the checkpoint's integers."""
-    train_data, test_data = digits_data.load()
+    train_data, test_data = handwriting.load()
     sampler = DistributedSampler(train_data, world, rank, seed=args.seed)  # shuffles by epoch; so it does for one
     loader = DataLoader(train_data, args.batch_size, sampler=sampler)
 
     torch.manual_seed(args.seed)
-    net = build_model()
+    net = handwriting.build_model()
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     cnmix.initialize(net, optimizer, args.opt_level, steps_per_epoch=len(loader))
@@ -72,6 +49,8 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
         scheduler.load_state_dict(checkpoint["scheduler"])
         cnmix.load_state_dict(checkpoint["cnmix"])
         start = checkpoint["epoch"]
+        if start >= args.epochs:
+            raise SystemExit(f"{args.resume} has trained {start} epochs: ask for more with --epochs")
 
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     forward = torch.compile(model, backend=args.compile) if args.compile else model
@@ -106,10 +85,10 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
 
     if rank == 0:
         last = args.output / f"epoch-{args.epochs}.pt"
-        print(f"test accuracy {accuracy(net, test_data):.2%}, {last}")
+        print(f"test accuracy {handwriting.accuracy(net, test_data):.2%}, {last}")
         if args.opt_level != "O0":
-            integers = inference.prepare(build_model(), last)
-            print(f"with the checkpoint's integers {accuracy(integers, test_data):.2%}")
+            integers = inference.prepare(handwriting.build_model(), last)
+            print(f"with the checkpoint's integers {handwriting.accuracy(integers, test_data):.2%}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
