@@ -6,6 +6,7 @@ accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py --batch-si
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,19 +40,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = handwriting.build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     loader = DataLoader(train_data, args.batch_size, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     cnmix.initialize(model, optimizer, args.opt_level, steps_per_epoch=len(loader))
-    accelerator.register_for_checkpointing(scheduler, cnmix)
+    accelerator.register_for_checkpointing(cnmix)
     start = 0
     if args.resume:
         accelerator.load_state(args.resume)
-        start = scheduler.last_epoch
+        start = int(args.resume.name.removeprefix("epoch-"))
         if start >= args.epochs:
             raise SystemExit(f"{args.resume} has trained {start} epochs: ask for more with --epochs")
 
     for epoch in range(start + 1, args.epochs + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
         model.train()
         for images, classes in loader:
             with accelerator.accumulate(model):
@@ -62,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     accelerator.clip_grad_norm_(model.parameters(), args.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        scheduler.step()
         accelerator.save_state(args.output / f"epoch-{epoch}")
 
     if accelerator.is_main_process:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.opt_level != "O0":
             checkpoint = {
                 "state_dict": load_file(last / "model.safetensors"),
-                "cnmix": torch.load(last / "custom_checkpoint_1.pkl", weights_only=True),
+                "cnmix": torch.load(last / "custom_checkpoint_0.pkl", weights_only=True),
             }
             integers = inference.prepare(handwriting.build_model(), checkpoint)
             print(f"with the checkpoint's integers {handwriting.accuracy(integers, test_data):.2%}")

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 examples/plain_pytorch.py --batch-size 32
 
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,14 +40,12 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     torch.manual_seed(args.seed)
     net = handwriting.build_model()
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     cnmix.initialize(net, optimizer, args.opt_level, steps_per_epoch=len(loader))
     start = 0
     if args.resume:
         checkpoint = torch.load(args.resume, weights_only=True)
         net.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
         cnmix.load_state_dict(checkpoint["cnmix"])
         start = checkpoint["epoch"]
         if start >= args.epochs:
@@ -56,6 +55,8 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     forward = torch.compile(model, backend=args.compile) if args.compile else model
     for epoch in range(start + 1, args.epochs + 1):
         sampler.set_epoch(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
         torch.manual_seed((args.seed * 10_000 + epoch) * world + rank)  # dropout, so that no state of it is saved
         net.train()
         for step, (images, classes) in enumerate(loader, 1):
@@ -69,13 +70,11 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
                 nn.utils.clip_grad_norm_(net.parameters(), args.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        scheduler.step()
         path = args.output / f"epoch-{epoch}.pt"
         if rank == 0:
             state = {
                 "state_dict": net.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
                 "cnmix": cnmix.state_dict(),
                 "epoch": epoch,
             }
