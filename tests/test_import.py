@@ -4,7 +4,10 @@ import sys
 import pytest
 
 MODULES = ("cnmix", "cnmix.checkpoint", "cnmix.core", "cnmix.inference", "cnmix.nn", "cnmix.strategies")
-OPTIONAL = ("lightning", "pytorch_lightning", "rich", "typer", "omegaconf", "sklearn", "matplotlib", "scipy", "pandas")
+OPTIONAL = (
+    *("lightning", "pytorch_lightning", "rich", "typer", "omegaconf", "sklearn", "matplotlib", "scipy", "pandas"),
+    *("transformers", "accelerate"),
+)
 
 
 def run(code, *options):
@@ -20,6 +23,11 @@ def test_library_imports_no_optional_package():
     ("module", "missing", "message"),
     [
         ("cnmix.lightning", "lightning", 'cnmix.lightning needs Lightning: pip install "cnmix[recipes]"'),
+        (
+            "cnmix.huggingface",
+            "transformers",
+            'cnmix.huggingface needs transformers and accelerate: pip install "cnmix[huggingface]"',
+        ),
         ("cnmix.cli", "typer", 'the command cnmix needs typer: pip install "cnmix[recipes]"'),
     ],
 )
