@@ -119,12 +119,14 @@ class CnmixCallback(TrainerCallback, ExportableState):
         return {"args": {**arguments, **self.settings}, "attributes": {"cnmix": known}}
 
     def _convert(self, args: Any, model: nn.Module) -> None:
-        for flag in _HALF_FLAGS:
-            if getattr(args, flag, False):
-                raise ValueError(
-                    f"{flag}=True of TrainingArguments and cnmix would both choose the types of activations: drop it; "
-                    'CnmixCallback(opt_level="O2") has bfloat16 between products'
-                )
+        asked = [f"{flag}=True" for flag in _HALF_FLAGS if getattr(args, flag, False)]
+        if getattr(args, "mixed_precision", None) not in (None, "no"):  # also from ACCELERATE_MIXED_PRECISION
+            asked.append(f"mixed_precision={args.mixed_precision!r}")
+        if asked:
+            raise ValueError(
+                f"{asked[0]} of TrainingArguments and cnmix would both choose the types of activations: drop it; "
+                'CnmixCallback(opt_level="O2") has bfloat16 between products'
+            )
         settings: dict[str, Any] = dict(self.settings)
         initialize(model, None, self.opt_level, rules=self.rules, activation_dtype=self.activation_dtype, **settings)
         if self._activations != torch.float32:

@@ -200,6 +200,12 @@ def test_the_trainers_own_half_precision_is_refused(tmp_path, flag):
         make_trainer(tmp_path, CnmixCallback(), bert(), **{flag: True})
 
 
+def test_mixed_precision_from_the_environment_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="mixed_precision='bf16' of TrainingArguments and cnmix would both"):
+        make_trainer(tmp_path, CnmixCallback(), bert())
+
+
 def test_wrong_arguments_are_refused_where_they_are_written():
     with pytest.raises(ValueError, match="float16 needs a loss scale"):
         CnmixCallback(activation_dtype=torch.float16)
