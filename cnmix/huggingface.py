@@ -120,11 +120,12 @@ class CnmixCallback(TrainerCallback, ExportableState):
 
     def _convert(self, args: Any, model: nn.Module) -> None:
         asked = [f"{flag}=True" for flag in _HALF_FLAGS if getattr(args, flag, False)]
-        if getattr(args, "mixed_precision", None) not in (None, "no"):  # also from ACCELERATE_MIXED_PRECISION
-            asked.append(f"mixed_precision={args.mixed_precision!r}")
+        from_environment = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if from_environment != "no":
+            asked.append(f"ACCELERATE_MIXED_PRECISION={from_environment}")
         if asked:
             raise ValueError(
-                f"{asked[0]} of TrainingArguments and cnmix would both choose the types of activations: drop it; "
+                f"{asked[0]} and cnmix would both choose the types of activations: drop it; "
                 'CnmixCallback(opt_level="O2") has bfloat16 between products'
             )
         settings: dict[str, Any] = dict(self.settings)
