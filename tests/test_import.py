@@ -23,6 +23,8 @@ OPTIONAL = (
     "matplotlib",
     "scipy",
     "pandas",
+    "transformers",
+    "accelerate",
 )
 
 
@@ -49,6 +51,11 @@ def test_library_imports_no_optional_package():
             "pytorch_lightning",
             'cnmix.pytorch_lightning needs the package pytorch-lightning: pip install "cnmix[recipes]" '
             "(for the package lightning, import cnmix.lightning)",
+        ),
+        (
+            "cnmix.huggingface",
+            "transformers",
+            'cnmix.huggingface needs transformers and accelerate: pip install "cnmix[huggingface]"',
         ),
         ("cnmix.cli", "typer", 'the command cnmix needs typer: pip install "cnmix[recipes]"'),
     ],
