@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,74 +20,14 @@ from . import kernels
 from .config import Product, QuantizeConfig
 from .fixed_point import (
     BITS,
-    POSITION_MAX,
-    POSITION_MIN,
     FixedPoint,
     Rounding,
-    check_bits,
     choose_position,
     dequantize,
 )
+from .operand import Observation, OperandState, parse_operand_state, relative_error
 
 logger = logging.getLogger("cnmix")
-
-# Where the moving average of the position starts. Far from every real position, it keeps the interval at one step
-# until the average has forgotten it (some 170 steps); the public implementations of the algorithm agree on it.
-_INITIAL_MOVING_POSITION = 100.0
-
-
-@dataclass
-class OperandState:
-    """What one quantizer knows; plain numbers, so that it can be saved as it is.
-
-    Attributes:
-        bits: present width.
-        position: present position; None before the first update.
-        moving_position: moving average of the position.
-        step: training steps seen.
-        next_update: first step that measures again.
-        interval: steps between the last update and ``next_update``.
-        error: quantization error at the last update (QEM).
-        updates: updates so far.
-        last_update: step of the last update.
-        exceeds_max_bitwidth: whether the error was over the threshold at the largest width allowed.
-        seed: key of the random numbers for stochastic rounding, 64 bits.
-        saturation: sum of the shares of saturated values in the steps since the last update; 0 where not counted.
-    """
-
-    bits: int
-    position: int | None = None
-    moving_position: float = _INITIAL_MOVING_POSITION
-    step: int = 0
-    next_update: int = 0
-    interval: int = 1
-    error: float = 0.0
-    updates: int = 0
-    last_update: int = 0
-    exceeds_max_bitwidth: bool = False
-    seed: int = 0
-    saturation: float = 0.0
-
-
-@dataclass
-class Observation:
-    """What one process saw of an operand since the processes last agreed on its format.
-
-    Attributes:
-        first_step: the step at which they agreed.
-        absmax: largest magnitude measured; 0 where no update step was seen.
-        sums: for each width that was measured the sum of the differences that QEM takes, and of the magnitudes.
-        saturation: sum of the shares of saturated values in the steps in between.
-    """
-
-    first_step: int = 0
-    absmax: float = 0.0
-    sums: dict[int, tuple[float, float]] = field(default_factory=dict)
-    saturation: float = 0.0
-
-    def error(self, bits: int) -> float | None:
-        """Returns the quantization error at a width, None where it was not measured."""
-        return relative_error(*self.sums[bits]) if bits in self.sums else None
 
 
 class OperandQuantizer:
@@ -391,11 +330,6 @@ def error_sums(
     return sum_x - math.ldexp(sum_q, quantized.position), sum_x
 
 
-def relative_error(difference: float, magnitude: float) -> float:
-    """Returns ``log2(|difference| / magnitude + 1)``, and 0 where all is zero; see ``quantization_error``."""
-    return math.log2(abs(difference) / magnitude + 1) if magnitude else 0.0
-
-
 def update_interval(position: int, moving_position: float, error: float, config: QuantizeConfig) -> int:
     """Returns the steps until the next update (QPA): ``clamp(beta / max(I1, I2) - gamma, 1, steps_per_epoch)``.
 
@@ -407,28 +341,3 @@ def update_interval(position: int, moving_position: float, error: float, config:
         return config.steps_per_epoch
     steps = config.beta / demand - config.gamma
     return int(min(max(round(min(steps, config.steps_per_epoch)), 1), config.steps_per_epoch))
-
-
-def parse_operand_state(state: Mapping[str, Any], name: str) -> OperandState:
-    """Builds an operand's state from plain numbers.
-
-    Raises:
-        ValueError: if a number is missing, unknown or out of its range; the message has ``name``.
-    """
-    fields = {field.name for field in dataclasses.fields(OperandState)}
-    if not isinstance(state, Mapping) or set(state) != fields:
-        given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"the saved state of {name} must have exactly {sorted(fields)}, got {given}")
-    check_bits(state["bits"], f"the saved width of {name}")
-    for entry, value in state.items():
-        if entry in ("moving_position", "error", "saturation"):
-            right = isinstance(value, (int, float)) and math.isfinite(value)
-        elif entry == "position":
-            right = value is None or (type(value) is int and POSITION_MIN <= value <= POSITION_MAX)
-        elif entry == "exceeds_max_bitwidth":
-            right = isinstance(value, bool)
-        else:
-            right = type(value) is int and value >= 0
-        if not right:
-            raise ValueError(f"the saved {entry} of {name} is out of its range: {value!r}")
-    return OperandState(**state)

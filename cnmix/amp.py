@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import OperandConfigs, Product, QuantizeConfig
 from .nn import QUANTIZED_CLASSES, quantized_modules
 from .nn.convert import is_convertible, name_modules, revert
-from .nn.quantizers import check_widths
+from .nn.module_state import check_widths
 from .optim import LossScaler, attach_scalers, check_scalers, gradients_of, scalers_of
 from .registry import Setup, registry, unwrap
 from .rules import TOO_SMALL, Rule, RuleBook, leave_out, parse_rules

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .nn import quantized_modules
-from .nn.quantizers import check_module_state, check_widths, upgrade_module_state
+from .nn.module_state import check_module_state, check_widths, upgrade_module_state
 from .optim import check_scalers
 from .registry import registry, unwrap
 

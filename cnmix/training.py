@@ -29,7 +29,7 @@ from . import checkpoint
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
 from .lightning import CnmixPlugin, CnmixProgressBar
-from .nn.quantizers import check_widths
+from .nn.module_state import check_widths
 from .recipe import (
     build_model,
     build_optimizer,

@@ -18,8 +18,9 @@ from adaptive_samples import (
 )
 
 from cnmix import QuantizeConfig, kernels
-from cnmix.adaptive import OperandQuantizer, OperandState, quantization_error, update_interval
+from cnmix.adaptive import OperandQuantizer, quantization_error, update_interval
 from cnmix.fixed_point import FixedPoint, dequantize
+from cnmix.operand import OperandState
 
 
 @pytest.mark.parametrize("bits", [8, 16, 31])

@@ -7,7 +7,8 @@ import torch
 from adaptive_samples import TAIL_16, TAIL_31, gaussian, laplace, log_normal, plain_error, trained
 
 from cnmix import QuantizeConfig, kernels
-from cnmix.adaptive import OperandQuantizer, OperandState
+from cnmix.adaptive import OperandQuantizer
+from cnmix.operand import OperandState
 
 
 def test_fixed_width_only_adapts_the_interval():

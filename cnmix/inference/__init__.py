@@ -15,7 +15,7 @@ from ..checkpoint import check, load
 from ..config import QuantizeConfig
 from ..nn import convert, convertible_modules, quantized_modules
 from ..nn.convert import is_convertible
-from ..nn.quantizers import check_trained
+from ..nn.module_state import check_trained
 from ..rules import leave_out
 from ..state import check_names_fit, load_state_dict
 

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..adaptive import Observation, OperandQuantizer
+from ..adaptive import OperandQuantizer
 from ..config import OPERANDS
 from ..fixed_point import BITS
+from ..operand import Observation
 from .recomputation import current_backward
 
 if TYPE_CHECKING:

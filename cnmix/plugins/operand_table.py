@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ..adaptive import OperandState
 from ..config import OPERANDS
 from ..fixed_point import BITS
 from ..nn.modules import QuantizedModule
+from ..operand import OperandState
 
 if TYPE_CHECKING:
     from rich.console import Group

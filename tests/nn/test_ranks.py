@@ -10,9 +10,9 @@ from small_net import Net
 from torch.nn.parallel import DistributedDataParallel
 
 import cnmix
-from cnmix.adaptive import Observation
 from cnmix.fixed_point import BITS, choose_position
 from cnmix.nn.ranks import pack, unpack
+from cnmix.operand import Observation
 from cnmix.registry import registry
 
 
