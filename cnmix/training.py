@@ -28,7 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 from . import checkpoint
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
-from .lightning import CnmixPlugin, CnmixProgressBar
+from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar
 from .nn.quantizers import check_widths
 from .recipe import (
     build_model,
@@ -218,7 +218,7 @@ def train(
             accelerator="cpu",
             devices=1,
             max_epochs=recipe.epochs,
-            plugins=[plugin],
+            plugins=[plugin, AtomicCheckpointIO()],  # last.ckpt is saved over itself
             callbacks=[keep_last, *bar, *callbacks],
             logger=CSVLogger(folder, name="", version=""),
             num_sanity_val_steps=0,

@@ -11,7 +11,6 @@ import torch
 from hosts import BATCH, BATCHES, data, loader, operands, same, steps_seen
 from torch import nn
 
-import cnmix.lightning
 from cnmix import checkpoint, inference
 
 
@@ -25,12 +24,13 @@ class StatefulLoader:
         return BATCHES
 
     def __iter__(self):
+        if self.position == BATCHES:  # nobody asked for the end of the epoch before
+            self.epoch, self.position = self.epoch + 1, 0
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch)).tolist()
         while self.position < BATCHES:
             chosen = order[self.position * BATCH : (self.position + 1) * BATCH]
             self.position += 1
             yield torch.utils.data.default_collate([self.dataset[index] for index in chosen])
-        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self):
         return {"epoch": self.epoch, "position": self.position}
@@ -45,6 +45,10 @@ def keep(host, folder, **settings):
         "enable_checkpointing": True,
         "callbacks": [host.pl.callbacks.ModelCheckpoint(folder, **settings)],
     }
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "cnmix"]
 
 
 def evaluate(task):
@@ -65,49 +69,54 @@ def test_weights_only(host, tmp_path, caplog, saved_by):
     plain.load_state_dict(saved["state_dict"], strict=True)
     assert type(plain.fc) is nn.Linear
     assert same(plain, task)
-    with pytest.raises(ValueError, match=r"lacks cnmix \(Lightning saves it for CnmixPlugin, but not with weights only"):
+    with pytest.raises(
+        ValueError, match=r"lacks cnmix \(Lightning saves it for CnmixPlugin, but not with weights only"
+    ):
         inference.prepare(host.Task(), file)
-    assert caplog.text == ""
+    assert said(caplog) == []
 
     other = host.Task(seed=8)
     host.trainer(tmp_path, host.Plugin()).test(other, loader(), ckpt_path=file, verbose=False)
     assert same(other, task)
     assert steps_seen(other) == {0}
-    assert caplog.text.count("without a cnmix state") == caplog.text.count("operands start anew") == 1
+    (line,) = said(caplog)
+    assert line.endswith("without a cnmix state (of a run without the plugin, or weights only): operands start anew")
     caplog.clear()
     running.test(task, loader(), ckpt_path=file, verbose=False)
-    assert caplog.text.count("operands stay as they are, not as they were when it was saved") == 1
+    (line,) = said(caplog)
+    assert line.endswith("operands stay as they are, not as they were when it was saved")
     assert steps_seen(task) == {BATCHES}
     caplog.clear()
     host.trainer(tmp_path, host.Plugin("O0")).test(host.Task(), loader(), ckpt_path=file, verbose=False)
     host.trainer(tmp_path, None).test(host.Task(), loader(), ckpt_path=file, verbose=False)
-    assert caplog.text == ""
+    assert said(caplog) == []
     with pytest.raises(KeyError, match="checkpoint contains only the model"):
         host.trainer(tmp_path, host.Plugin(), max_epochs=2).fit(host.Task(), loader(), ckpt_path=file)
 
 
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.parametrize("way", ["accumulated", "manual", "dynamic loss scale"])
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_resume_in_the_middle_of_an_epoch(host, tmp_path, level, way):
     def fit(task, **options):
         scale = "dynamic" if way == "dynamic loss scale" else None
         plugin = host.Plugin(level, loss_scale=scale, settings={"rounding": "stochastic"})
-        trainer = {"accumulate_grad_batches": 2 if way == "accumulated" else 1, "max_epochs": 3}
-        host.trainer(tmp_path, plugin, **{**trainer, **options.pop("trainer", {})}).fit(
-            task, StatefulLoader(), **options
-        )
+        trainer = keep(host, tmp_path, every_n_train_steps=4, save_top_k=-1)
+        accumulated = 2 if way == "accumulated" else 1
+        running = host.trainer(tmp_path, plugin, max_epochs=3, accumulate_grad_batches=accumulated, **trainer)
+        running.fit(task, StatefulLoader(), **options)
         return task
 
-    whole = fit(host.Task(manual=way == "manual"), trainer=keep(host, tmp_path, every_n_train_steps=4, save_top_k=-1))
+    manual = way == "manual"
+    whole = fit(host.Task(manual=manual))
     step = 4 if way == "accumulated" else 8  # the second batch of the second epoch, after it
     file = next(tmp_path.glob(f"*-step={step}.ckpt"))
-    position = torch.load(file, weights_only=True)["loops"]["fit_loop"]["combined_loader"]
+    position = torch.load(file, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert position == [{"epoch": 1, "position": 2}]
-    resumed = fit(host.Task(seed=8, manual=way == "manual"), ckpt_path=file)
+    resumed = fit(host.Task(seed=8, manual=manual), ckpt_path=file)
     assert same(whole, resumed)
     assert operands(whole) == operands(resumed)
     assert steps_seen(resumed) == {3 * BATCHES}
-    assert not same(whole, fit(host.Task(seed=8, manual=way == "manual")))
 
 
 @pytest.mark.parametrize("level", ["O1", "O3"])
@@ -131,25 +140,36 @@ def test_evaluation_of_a_checkpoint_uses_its_formats(host, tmp_path, level):
                 assert torch.equal(torch.cat(answers), expected)
 
 
-def killed_at_any_moment(save, file, count=30):
-    """Kills a process that saves versions over one another, again and again; returns the versions found."""
-    context, delays, found = multiprocessing.get_context("fork"), random.Random(0), []
+def killed_at_any_moment(save, file, count):
+    """Kills a process that saves versions over one another, again and again; the file must be whole each time."""
+    context, delays, latest = multiprocessing.get_context("fork"), random.Random(0), 0
 
-    def save_on(first):
-        for version in range(first, first + 10_000):
+    def save_on(first, writer):
+        save(first)
+        writer.send(first)
+        for version in range(first + 1, first + 10_000):
             save(version)
 
-    save(0)
     for _ in range(count):
-        process = context.Process(target=save_on, args=(found[-1] + 1 if found else 1,))
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=save_on, args=(latest + 1, writer))
         process.start()
-        time.sleep(delays.uniform(0.0, 0.03))
+        assert reader.poll(60)
+        time.sleep(delays.uniform(0.0, 0.02))
         process.kill()
         process.join()
         saved = torch.load(file, weights_only=True)
         assert all(bool((weight == saved["version"]).all()) for weight in saved["state_dict"].values())
-        found.append(saved["version"])
-    return found
+        assert saved["version"] > latest
+        latest = saved["version"]
+
+
+def test_what_is_no_local_path_is_left_to_lightning(host):
+    saving = host.AtomicCheckpointIO()
+    saving.save_checkpoint({"version": 1}, "memory://folder/a.ckpt")
+    assert saving.load_checkpoint("memory://folder/a.ckpt") == {"version": 1}
+    with pytest.raises(TypeError, match="storage_options"):
+        saving.save_checkpoint({}, "a.ckpt", storage_options={})
 
 
 def check_what_is_left(file):
@@ -163,10 +183,8 @@ def fill(model, version):
             tensor.fill_(version)
 
 
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks")
-
-
-@needs_fork
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of a process that may have threads
 @pytest.mark.parametrize("temporary_files", ["on another file system", "beside"])
 def test_kill_while_the_trainer_saves(host, tmp_path, monkeypatch, temporary_files):
     atomic = temporary_files != "beside"
@@ -190,13 +208,13 @@ def test_kill_while_the_trainer_saves(host, tmp_path, monkeypatch, temporary_fil
         fill(task, version)
         running.save_checkpoint(file)
 
-    versions = killed_at_any_moment(save, file)
-    assert versions == sorted(versions)
+    killed_at_any_moment(save, file, 30 if atomic else 10)
     check_what_is_left(file)
     assert checkpoint.load(file)["cnmix"]["models"][0]["modules"].keys() == {"conv", "fc"}
 
 
-@needs_fork
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_kill_while_cnmix_saves(tmp_path):
     model, file = nn.Linear(200, 200), tmp_path / "run" / "model.pt"
 
@@ -204,8 +222,7 @@ def test_kill_while_cnmix_saves(tmp_path):
         fill(model, version)
         checkpoint.save(file, model, version=version)
 
-    versions = killed_at_any_moment(save, file)
-    assert versions == sorted(versions)
+    killed_at_any_moment(save, file, 30)
     check_what_is_left(file)
 
 
@@ -251,7 +268,7 @@ def test_fabric(host, net, batch, tmp_path, given):
 
 def test_fabric_checkpoint_goes_to_inference(host, net, batch, tmp_path):
     plugin, model = host.FabricPlugin(), net()
-    fabric = host.start(plugin)
+    fabric = host.fabric.Fabric(accelerator="cpu", devices=1, plugins=[plugin, host.AtomicCheckpointIO()])
     wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.05))
     fabric.backward(wrapped(batch()[0]).square().mean())
     optimizer.step()
@@ -299,7 +316,7 @@ def test_several_unknown_states_are_not_guessed_among(host, tmp_path, caplog):
     fresh = host.Task()
     host.trainer(tmp_path, Mine()).test(fresh, loader(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
     assert steps_seen(fresh) == {BATCHES}
-    assert caplog.text == ""
+    assert said(caplog) == []
     host.trainer(tmp_path, host.Plugin()).test(fresh, loader(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
     assert "without a cnmix state" in caplog.text
 
@@ -315,7 +332,8 @@ def test_a_state_that_does_not_fit_changes_nothing(host, net, batch, wrong):
             optimizer.step()
         return plugin
 
-    saved = start(net(), net(1)).state_dict()
+    trained = [net(), net(1)]
+    saved = start(*trained).state_dict()
     second = saved["models"][1]["modules"]
     if wrong == "modules":
         second["other"] = second.pop("fc2")
@@ -326,7 +344,7 @@ def test_a_state_that_does_not_fit_changes_nothing(host, net, batch, wrong):
     models = [net(2), net(3)]
     plugin = start(*models)
     before = plugin.state_dict()
-    with pytest.raises(ValueError, match="fc2|over max_bitwidth 8|loss scale"):
+    with pytest.raises(ValueError, match=r"fc2|over max_bitwidth 8|loss scale"):
         plugin.load_state_dict(saved)
     assert plugin.state_dict() == before
 
@@ -336,5 +354,5 @@ def test_a_state_that_does_not_fit_changes_nothing(host, net, batch, wrong):
         waiting.load_state_dict({**saved, "models": saved["models"][1:]})
         late = net()
         for _ in range(2):  # a second attempt is no way around
-            with pytest.raises(ValueError, match="fc2|over max_bitwidth 8"):
+            with pytest.raises(ValueError, match=r"fc2|over max_bitwidth 8"):
                 fabric.setup_module(late)
