@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .registry import unwrap
-from .state import state_dict, upgrade
+from .state import is_state, state_dict, upgrade
 
-# Where Lightning keeps the state of CnmixPlugin.
+# Where Lightning keeps the state of CnmixPlugin; that of a subclass is under its own name.
 LIGHTNING_KEY = "CnmixPlugin"
 # What it calls the plain data in the folder of a distributed checkpoint.
 _METADATA = "meta.pt"
@@ -41,6 +41,11 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
     checkpoint = {"state_dict": unwrap(model).state_dict(), "cnmix": state_dict(model), **extra}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
+    write(path, checkpoint)
+
+
+def write(path: str | os.PathLike[str], checkpoint: Any) -> None:
+    """Does what ``torch.save`` does, under a temporary name beside the file, which is renamed once it is complete."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -59,20 +64,30 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, plain data only, and checks that it is one.
 
     Returns:
-        What ``save`` wrote; or Lightning's checkpoint of a run with ``CnmixPlugin``, a file or the folder that
-        ``ModelParallelStrategy`` writes, its state under ``cnmix`` too.
+        What ``save`` wrote; or Lightning's checkpoint of a run with ``CnmixPlugin`` or a subclass, a file or the
+        folder that ``ModelParallelStrategy`` writes, its state under ``cnmix`` too.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, no PyTorch checkpoint, or lacks ``state_dict`` or ``cnmix``.
     """
     checkpoint = read_plain(path)
-    if "cnmix" not in checkpoint and LIGHTNING_KEY in checkpoint:
-        checkpoint["cnmix"] = checkpoint[LIGHTNING_KEY]
+    name = find_state(checkpoint)
+    if name is not None:
+        checkpoint["cnmix"] = checkpoint[name]
     try:
         return {**checkpoint, "cnmix": check(checkpoint)}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def find_state(checkpoint: Mapping[str, Any]) -> str | None:
+    """Returns the entry that has the cnmix state, which may be under any name if no other looks like one."""
+    for name in ("cnmix", LIGHTNING_KEY):
+        if name in checkpoint:
+            return name
+    found = [name for name, entry in checkpoint.items() if is_state(entry)]
+    return found[0] if len(found) == 1 else None
 
 
 def check(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,9 +95,10 @@ def check(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     missing = {"state_dict", "cnmix"} - set(checkpoint)
     if missing:
         has = ", ".join(sorted(map(str, checkpoint))[:8])
-        raise ValueError(
-            f"this is no checkpoint of training with cnmix: it lacks {' and '.join(sorted(missing))}; it has {has}"
-        )
+        lacks = " and ".join(sorted(missing))
+        if "pytorch-lightning_version" in checkpoint:
+            lacks += " (Lightning saves it for CnmixPlugin, but not with weights only)"
+        raise ValueError(f"this is no checkpoint of training with cnmix: it lacks {lacks}; it has {has}")
     return upgrade(checkpoint["cnmix"])
 
 

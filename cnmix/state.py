@@ -16,6 +16,7 @@ from .registry import registry, unwrap
 logger = logging.getLogger("cnmix")
 
 STATE_VERSION = 2
+_KEYS = {"version", "models", "loss_scalers"}
 
 
 def state_dict(model: nn.Module | None = None) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None, *,
         without = list(registry.optimizers)[len(scalers) :]
         lines += [f"without a loss scale: the optimizer {type(each).__name__}" for each in without]
     for each, saved in placed:
-        lines += _check_fits(each, saved, strict)
+        lines += check_fits(each, saved, strict)
     for own, saved_scales in scalers:
         check_scalers(own, saved_scales)
 
@@ -102,6 +103,11 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None, *,
     return lines
 
 
+def is_state(entry: Any) -> bool:
+    """Whether an entry of a checkpoint looks like what ``state_dict`` returned."""
+    return isinstance(entry, Mapping) and set(entry) == _KEYS
+
+
 def upgrade(state: Any) -> dict[str, Any]:
     """Returns the state in this version's form.
 
@@ -111,7 +117,7 @@ def upgrade(state: Any) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"load_state_dict takes the dict that cnmix.state_dict() returned, got {type(state).__name__}")
-    if set(state) != {"version", "models", "loss_scalers"}:
+    if not is_state(state):
         hint = "; did you mean its entry 'cnmix'?" if "cnmix" in state else ""
         keys = sorted(map(str, state))[:8]
         raise ValueError(f"this is no cnmix state: it has the keys {keys}, not version, models, loss_scalers{hint}")
@@ -145,6 +151,16 @@ def check_names_fit(model: str, present: set[str], saved: Mapping[str, Any]) -> 
         raise ValueError(f"the cnmix state does not fit this {model}: {'; '.join(different)}")
 
 
+def check_fits(model: nn.Module, saved: Mapping[str, Any], strict: bool = True) -> list[str]:
+    """Raises ValueError where a model's state does not fit; returns what of it a loading that is not strict leaves."""
+    modules = dict(quantized_modules(model))
+    if strict:
+        check_names_fit(type(model).__name__, set(modules), saved)
+    for fqn in sorted({*modules} & {*saved["modules"]}):
+        check_widths(saved["modules"][fqn], fqn, modules[fqn].quantizers.configs)
+    return _differences(set(modules), saved)
+
+
 def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Gives each converted module its saved state, where there is one."""
     for fqn, module in quantized_modules(model):
@@ -160,16 +176,6 @@ def first_names(names: set[str], limit: int = 5) -> str:
 
 def _model_state(model: nn.Module) -> dict[str, Any]:
     return {"modules": {fqn: module.quantizers.state_dict() for fqn, module in quantized_modules(model)}}
-
-
-def _check_fits(model: nn.Module, saved: Mapping[str, Any], strict: bool) -> list[str]:
-    """Refuses a state that does not fit; returns what of it a loading that is not strict leaves."""
-    modules = dict(quantized_modules(model))
-    if strict:
-        check_names_fit(type(model).__name__, set(modules), saved)
-    for fqn in sorted({*modules} & {*saved["modules"]}):
-        check_widths(saved["modules"][fqn], fqn, modules[fqn].quantizers.configs)
-    return _differences(set(modules), saved)
 
 
 def _differences(present: set[str], saved: Mapping[str, Any]) -> list[str]:

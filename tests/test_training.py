@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -209,6 +210,14 @@ def test_resumed_run_is_bit_exact(run, level):
     assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
     assert a["cnmix"] == b["cnmix"]
     assert a["result"]["test_accuracy"] == b["result"]["test_accuracy"]
+
+
+def test_last_checkpoint_is_renamed_into_place(run, monkeypatch):
+    # Lightning would move it from the folder for temporary files, which may be on another file system.
+    renamed, rename = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (renamed.append(target.name), rename(source, target)))
+    run("epochs=2")
+    assert renamed == ["last.ckpt", "last.ckpt", "model.pt"]
 
 
 def test_same_seed_same_run(run):

@@ -17,8 +17,10 @@ from torch.nn import Module
 
 from .. import state
 from ..amp import initialize
+from ..checkpoint import find_state
 from ..nn import quantized_modules
 from ..nn.half import frame
+from ..registry import unwrap
 from ..rules import Rule, RuleBook, leave_out, parse_rules
 from ..strategies import find_level
 from .loss_scale import PluginScale
@@ -134,6 +136,7 @@ class FixedPointPrecision(metaclass=_Explained):
                 frame(part, self._activations)
         if not any(known is module for known in self._live_modules()):
             if self._waiting:
+                self._check_module(module, self._waiting[0])
                 self._load_module(module, self._waiting.pop(0))
             self._modules.append(weakref.ref(module))
         if self._steps is not None:
@@ -180,17 +183,24 @@ class FixedPointPrecision(metaclass=_Explained):
         Raises:
             TypeError: if it is no dict.
             ValueError: if it is no cnmix state, its modules are not the model's, or a width is over the largest that
-                the settings allow.
+                the settings allow; nothing has been changed then.
         """
         saved, modules = state.upgrade(state_dict), list(self._live_modules())
+        scales = [each for scalers in saved["loss_scalers"] for each in scalers]
+        scaler = self._scale.scaler
+        loads_scale = bool(scales) and scaler.dynamic and bool(scales[0].get("dynamic"))
+        for module, own in zip(modules, saved["models"], strict=False):
+            self._check_module(module, own)
+        if loads_scale:
+            scaler.check_state(scales[0])
+
+        # Everything has been checked; from here on things change.
         for module, own in zip(modules, saved["models"], strict=False):
             self._load_module(module, own)
         for module in modules[len(saved["models"]) :]:
             logger.warning("loading a cnmix state: without a state: the model %s", type(module).__name__)
         self._waiting = saved["models"][len(modules) :]
-        scales = [each for scalers in saved["loss_scalers"] for each in scalers]
-        scaler = self._scale.scaler
-        if scales and scaler.dynamic and scales[0].get("dynamic"):
+        if loads_scale:
             scaler.load_state_dict(scales[0])
         elif scales or scaler.dynamic:
             logger.warning("loading a cnmix state: the loss scale starts anew, at %g", scaler.scale)
@@ -208,11 +218,14 @@ class FixedPointPrecision(metaclass=_Explained):
             chosen = book.configure(module, config)["input"].steps_per_epoch
             module.quantizers.change_settings(steps_per_epoch=chosen)
 
+    def _check_module(self, module: Module, saved: dict[str, Any]) -> None:
+        if find_level(self.opt_level).quantizes and saved["modules"]:
+            state.check_fits(unwrap(module), saved)
+
     def _load_module(self, module: Module, saved: dict[str, Any]) -> None:
         quantizes = find_level(self.opt_level).quantizes
         if quantizes and saved["modules"]:
-            whole = {"version": state.STATE_VERSION, "models": [saved], "loss_scalers": []}
-            state.load_state_dict(whole, module)
+            state.load_model_state(unwrap(module), saved)
         elif saved["modules"]:
             logger.warning("loading a cnmix state: left, as opt_level %r is float32 throughout", self.opt_level)
         elif quantizes:
@@ -271,6 +284,23 @@ class FixedPointTrainerPrecision(FixedPointPrecision):
             closure = functools.partial(self._wrap_closure, model, optimizer, closure)  # type: ignore[attr-defined]
             return self._scale.step(optimizer, self._parameters(), closure, **kwargs)
         return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Finds the state that another class of plugin saved, for Lightning looks under the name of this one only."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        own, saved = type(self).__qualname__, find_state(checkpoint)
+        if own in checkpoint or not find_level(self.opt_level).quantizes:
+            return
+        if saved is not None:
+            logger.info("loading a cnmix state: %s takes that of %s", own, saved)
+            checkpoint[own] = checkpoint[saved]
+            return
+        modules = [each for module in self._live_modules() for _, each in quantized_modules(module)]
+        trained = any(quantizer.state.step for each in modules for _, quantizer in each.quantizers)
+        logger.warning(
+            "loading a checkpoint without a cnmix state (of a run without the plugin, or weights only): operands %s",
+            "stay as they are, not as they were when it was saved" if trained else "start anew",
+        )
 
 
 def batches_in_epoch(trainer: Any) -> int | None:

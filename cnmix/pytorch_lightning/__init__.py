@@ -1,9 +1,11 @@
 """Plugins and callbacks for PyTorch Lightning as the package ``pytorch_lightning``."""
 
 from ..plugins.precision import FixedPointPrecision, FixedPointTrainerPrecision
+from ..plugins.saving import AtomicSaving
 
 try:
     from lightning_fabric.plugins import Precision as FabricPrecision
+    from lightning_fabric.plugins import TorchCheckpointIO
     from pytorch_lightning.plugins.precision import Precision
 
     from .callbacks import CnmixMonitor, CnmixProgressBar, CnmixSummary
@@ -16,7 +18,14 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["CnmixMonitor", "CnmixPlugin", "CnmixProgressBar", "CnmixSummary", "FabricCnmixPlugin"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "CnmixMonitor",
+    "CnmixPlugin",
+    "CnmixProgressBar",
+    "CnmixSummary",
+    "FabricCnmixPlugin",
+]
 
 
 class FabricCnmixPlugin(FixedPointPrecision, FabricPrecision):
@@ -33,3 +42,7 @@ class CnmixPlugin(FixedPointTrainerPrecision, Precision):  # type: ignore[misc]
     The arguments are those of ``cnmix.plugins.precision.FixedPointPrecision``. The steps in an epoch come from the
     trainer unless they are given. What the quantizers know is in the checkpoint; the weights there are a plain model's.
     """
+
+
+class AtomicCheckpointIO(AtomicSaving, TorchCheckpointIO):
+    """Saves so that a kill leaves a whole file: ``Trainer(plugins=[CnmixPlugin(), AtomicCheckpointIO()])``."""

@@ -22,6 +22,7 @@ class Host:
         fabric: its Fabric's part.
         Plugin: the Trainer's plugin.
         FabricPlugin: Fabric's.
+        AtomicCheckpointIO: what saves whole files.
         Task: a small task to fit.
     """
 
@@ -31,6 +32,7 @@ class Host:
         self.fabric = importlib.import_module("lightning.fabric" if name == "lightning" else "lightning_fabric")
         ours = importlib.import_module(f"cnmix.{name}")
         self.Plugin, self.FabricPlugin = ours.CnmixPlugin, ours.FabricCnmixPlugin
+        self.AtomicCheckpointIO = ours.AtomicCheckpointIO
         self.Task = task_class(self.pl)
 
     def trainer(self, folder, plugins, **settings):
