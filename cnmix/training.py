@@ -28,13 +28,8 @@ from torch.utils.data.distributed import DistributedSampler
 from . import checkpoint
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
-<<<<<<< HEAD
-from .lightning import CnmixPlugin, CnmixProgressBar
-from .nn.module_state import check_widths
-=======
 from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar
-from .nn.quantizers import check_widths
->>>>>>> dead5c5465a3190fbe10c7b4295cfa9abd282d3c
+from .nn.module_state import check_widths
 from .recipe import (
     build_model,
     build_optimizer,
