@@ -25,7 +25,7 @@ from .fixed_point import (
     choose_position,
     dequantize,
 )
-from .operand import Observation, OperandState, parse_operand_state, relative_error
+from .operand import Observation, OperandState, Rounds, parse_operand_state, relative_error
 
 logger = logging.getLogger("cnmix")
 
@@ -103,7 +103,16 @@ class OperandQuantizer:
     @property
     def due(self) -> bool:
         """Whether the next training step measures."""
+        if self.observation is not None:
+            return self.observation.due
         return self.state.step >= self.state.next_update
+
+    @property
+    def measured_last(self) -> bool:
+        """Whether the last training step measured."""
+        if self.observation is not None:
+            return self.observation.absmax > 0
+        return self.state.updates > 0 and self.state.last_update == self.state.step - 1
 
     def rounding(self, training: bool) -> Rounding:
         """Returns the rounding of data: as configured, but never random outside training."""
@@ -127,12 +136,13 @@ class OperandQuantizer:
         rounding = self.rounding(training=True)
         return kernels.quantize_measured(x, bits, position, rounding, seed=self._seed, stream=stream)[0]
 
-    def repeat(self) -> None:
-        """Counts a training step on the very tensor that the last step measured, without measuring it again."""
-        state = self.state
-        due = self.due
+    def repeat(self, quantized: FixedPoint) -> None:
+        """Counts a training step on the very tensor that gave these integers before, without measuring it again."""
+        state, due = self.state, self.due
         state.step += 1
-        if due and state.position is not None:
+        if not due:
+            self._watch_saturation(quantized)
+        elif self.observation is None and state.position is not None:
             self._schedule(state.position, state.error)
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,14 +157,21 @@ class OperandQuantizer:
         """
         self.state = parse_operand_state(state, self.name)
         if self.observation is not None:
-            self.observation = Observation(first_step=self.state.step)
+            self.observe(self.observation.rounds)
 
-    def agree(self, step: int, seen: Observation) -> None:
+    def observe(self, rounds: Rounds) -> None:
+        """Begins to decide together with other processes, in the rounds of all of them."""
+        self.observation = Observation(self.state.step, rounds, rounds.present)
+        self._await_update(1)
+
+    def agree(self, step: int, seen: Observation, steps_per_round: float) -> None:
         """Takes what all processes saw together, which gives each of them the same state, and begins anew to observe.
 
         Args:
             step: training steps seen, after which they agree.
-            seen: the largest magnitude, and the sums, over all processes; ``saturation`` is their mean.
+            seen: the largest magnitude, and the sums, over all processes; ``saturation`` is their mean. Its rounds are
+                in the one that comes next.
+            steps_per_round: steps that the operand takes in a round.
         """
         state = self.state
         state.step = step
@@ -164,7 +181,15 @@ class OperandQuantizer:
             self._adopt(bits, choose_position(seen.absmax, bits), error)
         elif self.config.saturation is not None:
             self._look_for_saturation()
-        self.observation = Observation(first_step=step)
+        self.observation = Observation(step, seen.rounds)
+        self._await_update(steps_per_round)
+
+    def _await_update(self, steps_per_round: float) -> None:
+        """Sets the round of the next update, from the steps until then."""
+        state, observation = self.state, self.observation
+        if observation is not None:
+            quiet = max(state.next_update - state.step, 0)
+            observation.due_round = observation.rounds.present + math.ceil(quiet / steps_per_round)
 
     @property
     def _seed(self) -> int:

@@ -33,12 +33,20 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
         **extra: plain numbers, strings, lists, dicts and tensors.
 
     Raises:
-        ValueError: if an entry of ``extra`` has a reserved name.
+        ValueError: if an entry of ``extra`` has a reserved name, or ``fully_shard`` has split the weights.
     """
     taken = {"state_dict", "cnmix"} & set(extra)
     if taken:
         raise ValueError(f"checkpoint entries called {sorted(taken)} are written by save itself: choose other names")
-    checkpoint = {"state_dict": unwrap(model).state_dict(), "cnmix": state_dict(model), **extra}
+    weights = unwrap(model).state_dict()
+    split = [name for name, value in weights.items() if hasattr(value, "device_mesh")]
+    if split:
+        raise ValueError(
+            f"{split[0]!r} is shared out among processes, and this one has a part of it: put the weights together with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True)) in every process, and save them with cnmix.state_dict(model) in one"
+        )
+    checkpoint = {"state_dict": weights, "cnmix": state_dict(model), **extra}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
     write(path, checkpoint)

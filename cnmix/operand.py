@@ -49,20 +49,42 @@ class OperandState:
 
 
 @dataclass
+class Rounds:
+    """Counts the backward passes that all processes of a training take part in.
+
+    Attributes:
+        present: number of the one that is under way or comes next.
+    """
+
+    present: int = 0
+
+
+@dataclass
 class Observation:
     """What one process saw of an operand since the processes last agreed on its format.
 
     Attributes:
         first_step: the step at which they agreed.
+        rounds: the rounds of its processes.
+        due_round: the first round that measures; the same in all processes, whose steps may differ.
         absmax: largest magnitude measured; 0 where no update step was seen.
         sums: for each width that was measured the sum of the differences that QEM takes, and of the magnitudes.
         saturation: sum of the shares of saturated values in the steps in between.
+        patience: rounds to wait before it is asked for again, if no process has run it.
     """
 
     first_step: int = 0
+    rounds: Rounds = field(default_factory=Rounds)
+    due_round: int = 0
     absmax: float = 0.0
     sums: dict[int, tuple[float, float]] = field(default_factory=dict)
     saturation: float = 0.0
+    patience: int = 1
+
+    @property
+    def due(self) -> bool:
+        """Whether this round measures."""
+        return self.rounds.present >= self.due_round
 
     def error(self, bits: int) -> float | None:
         """Returns the quantization error at a width, None where it was not measured."""

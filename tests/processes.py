@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SECONDS = 120
+_SECONDS = 60
 
 
 class Processes:

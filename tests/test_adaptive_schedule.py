@@ -93,8 +93,9 @@ def test_a_repeated_step_counts_like_a_measured_one():
     config = QuantizeConfig(steps_per_epoch=60, quantify_rate=0.1, alpha=0.3)
     x = gaussian(400)
     repeated, measured = trained(config, [x]), trained(config, [x])
+    integers = measured(x, training=False)
     for _ in range(150):
-        repeated.repeat()
+        repeated.repeat(integers)
         measured(x, training=True)
         assert repeated.state == measured.state
 

@@ -38,7 +38,7 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     """
     planned = plan(model, config, rules)
     latest_input = LatestInput()
-    ranks = next((module.quantizers.ranks for _, module in quantized_modules(model)), None) or Ranks(model)
+    ranks = next((module.quantizers.ranks for _, module in quantized_modules(model)), None) or Ranks()
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
         converted = QUANTIZED_CLASSES[plain_class(module)]

@@ -43,7 +43,9 @@ class QuantizedModule(nn.Module):
     def _check_input(self, x: Tensor) -> Tensor:
         """Returns the input to compute with."""
         fqn = self.quantizers.fqn
-        if not torch.compiler.is_compiling() and (is_distributed(x) or is_distributed(self.weight)):
+        # Not self.weight: a parametrization would compute it once more.
+        weight = self._parameters.get("weight")
+        if not torch.compiler.is_compiling() and (is_distributed(x) or (weight is not None and is_distributed(weight))):
             raise RuntimeError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
         if not x.is_floating_point():
             raise TypeError(f"{fqn!r} takes a float tensor, got {x.dtype}")

@@ -100,7 +100,7 @@ def backward_products(
         None where not wanted.
     """
     if saved.training:
-        quantizers.ranks.backward_begins(quantizers)
+        quantizers.ranks.backward_begins()
     kept = grad_output.dim() - 1 if saved.geometry is None else 1
     if qx is None and qw is None:
         return None, None, kernels.channel_sums(grad_output, kept) if needs_bias else None

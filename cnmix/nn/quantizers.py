@@ -101,6 +101,7 @@ class ModuleQuantizers:
         self._weight_checksum: int | None = None
         self._weight_integers: FixedPoint | None = None
         self._weight_measured = False  # whether the last update measured the very values of these integers
+        self._weight_observation: Any = None  # what it noted, where processes decide together
         self._drawn: Mapping[str, Any] | None = None  # how they were drawn, where that was at random
         self._latest_input = latest_input or LatestInput()
         self._frozen = False
@@ -172,20 +173,23 @@ class ModuleQuantizers:
         if self._frozen and self._weight_integers is not None:
             return self._weight_integers
         quantizer = self.weight
+        if self.weight_is_integers and training and quantizer.look_next:
+            # What became zero became so before it was gathered: nothing is left to see here.
+            quantizer.look_next, quantizer.shares = False, None
         if weight.is_inference() or weight.dtype != torch.float32:  # inference tensors count no versions
             return self._weight_layout(quantizer(weight, training))
         rounding = quantizer.rounding(training)
-        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), rounding)
+        key = (weight._version, weight.shape, weight.stride(), rounding)
         known, state = self._weight_integers, quantizer.state
         if (
             known is not None
             and key == self._weight_key
             and (known.bits, known.position) == (state.bits, state.position)
-            and not (training and quantizer.due and not self._weight_measured)
+            and not (training and quantizer.due and not self._is_measured)
             and kernels.checksum(weight) == self._weight_checksum
         ):
             if training:
-                quantizer.repeat()
+                quantizer.repeat(known)
                 if quantizer.look_next:
                     quantizer.look(weight, known)
             return known
@@ -203,10 +207,16 @@ class ModuleQuantizers:
         # Evaluation between micro-batches must not take away the integers that training drew at random.
         if integers.finite and rounding == quantizer.rounding(training=True):
             self._weight_key, self._weight_checksum, self._weight_integers = key, found.checksum, integers
-            self._weight_measured = training and state.updates > 0 and state.last_update == state.step - 1
+            self._weight_measured = training and quantizer.measured_last
+            self._weight_observation = quantizer.observation
             if rounding == "stochastic":
                 self._drawn = {"checksum": found.checksum, "stream": state.step, "measured": self._weight_measured}
         return integers
+
+    @property
+    def _is_measured(self) -> bool:
+        """Whether the weight whose integers are known needs no measuring again in this update."""
+        return self._weight_measured and self._weight_observation is self.weight.observation
 
     def _draw_again(self, weight: Tensor, key: tuple[Any, ...]) -> bool:
         """Draws the integers anew that a run had when it was saved between two micro-batches, if it is that weight."""
@@ -218,6 +228,7 @@ class ModuleQuantizers:
         self._weight_integers = self._weight_layout(integers)
         self._weight_key, self._weight_checksum = key, drawn["checksum"]
         self._weight_measured, self._drawn = drawn["measured"], drawn
+        self._weight_observation = self.weight.observation
         return True
 
     def _weight_layout(self, integers: FixedPoint) -> FixedPoint:
@@ -267,7 +278,7 @@ class ModuleQuantizers:
         if self.product == "convolution":
             integers = kernels.to_channels_last(integers)  # once, for every product with it
         if integers.finite:
-            self._latest_input.keep(x, (*place, integers.bits, quantizer.state.position), integers)
+            self._latest_input.keep(x, (*place, integers.bits, integers.position), integers)
         return integers
 
     def put_aside(self, integers: tuple[Tensor, Tensor]) -> int:
@@ -298,9 +309,14 @@ class ModuleQuantizers:
         """Fixes the weight's integers, quantized with the stored format, for inference.
 
         Raises:
-            ValueError: as ``check_trained`` does.
+            ValueError: as ``check_trained`` does, or if it is a part of a weight that ``fully_shard`` has split.
         """
         self.check_trained()
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"the weight of {self.fqn!r} is shared out among processes: prepare a plain model from a checkpoint, "
+                "with cnmix.inference.prepare"
+            )
         self._weight_integers = self._weight_layout(self.weight(weight, training=False))
         self._frozen = True
 
@@ -339,7 +355,7 @@ class ModuleQuantizers:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
             state.update(_weight_key=None, _weight_integers=None)
-        state.update(_aside={}, reentrant_part=None)
+        state.update(_aside={}, reentrant_part=None, _weight_observation=None)
         del state["handle"]
         return state
 

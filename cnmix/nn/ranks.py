@@ -1,9 +1,8 @@
 """How the processes that train one model on parts of the data choose its formats together.
 
-On an update step each process quantizes with the format that fits its own tensor and notes what it measured. When the
-backward pass has ended, one collective adds up what all of them noted, and each takes the same width, position and
-interval from it: one sum for all operands of the model, and none on steps without an update. Weights need none of it:
-they are the same everywhere, and so is what is measured of them.
+In a round that measures each process quantizes with the format that fits its own tensor and notes what it measured.
+When the backward pass has ended, one collective adds up what all of them noted, and each takes the same width, position
+and interval from it: one sum for all operands of the model, and none in rounds that measure nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ import logging
 import math
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ..adaptive import OperandQuantizer
-from ..config import OPERANDS
 from ..fixed_point import BITS
-from ..operand import Observation
-from .recomputation import current_backward
+from ..operand import Observation, Rounds
+from .recomputation import current_backward, in_reentrant_backward
 
 if TYPE_CHECKING:
     from .quantizers import ModuleQuantizers
@@ -36,6 +35,8 @@ logger = logging.getLogger("cnmix")
 # the next one. float64 has room for 70 exponents, and float32 has 277.
 _DIGIT, _DIGITS, _SMALLEST_EXPONENT = 14, 70, -148
 _EXPONENT_SLOTS = 4
+# Rounds after which an operand is asked for again that no process runs.
+_LONGEST_PATIENCE = 1024
 _ROW = 3 + _EXPONENT_SLOTS + 2 * len(BITS)  # see pack
 
 
@@ -43,76 +44,86 @@ class Ranks:
     """The processes that train a model together, found when it first trains; shared by the quantizers of the model.
 
     They are those of the ``DistributedDataParallel`` that the model runs in, of the mesh that ``fully_shard`` was
-    given, or those that ``initialize`` was told.
-
-    Args:
-        model: the model.
+    given, or those that ``initialize`` was told. All of them take part in each round: a backward pass that averages
+    gradients. Whether a round measures follows from what they agreed on before, never from what one process did: one
+    may call a module more often than another, or not at all.
 
     Attributes:
         group: the processes; None where this process decides alone.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
-        self._model = None if model is None else weakref.ref(model)
         self._chosen: dist.ProcessGroup | None = None
+        self._wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+        self._left: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         self._members: list[weakref.ref[ModuleQuantizers]] = []
-        self._differ = False  # whether processes may run different modules
-        self._every_step = False
-        self._due = False
+        self._rounds = Rounds()
+        self._next_collective = 0  # its round
+        self._last_collective = -1
+        self._every_round = False
+        self._averages = False  # whether the backward pass that comes averages gradients
         self._queued_in = -1
+        self._nested = False
         self._searched = False
         self._sharded = False
+        self._hooks: list[Any] = []
 
     def add(self, member: ModuleQuantizers) -> None:
         """Takes in the quantizers of a module."""
-        self._members.append(weakref.ref(member))
+        self._members = [each for each in self._members if each() is not None] + [weakref.ref(member)]
         self._decide_alone()  # until all processes have found each other anew, with this one
 
     def choose(self, group: dist.ProcessGroup | None) -> None:
         """Decides together with these processes, whatever the model is wrapped in; None leaves it to the wrapper."""
         self._chosen = group or self._chosen
+        self._searched = False
 
     def forward_begins(self, member: ModuleQuantizers) -> None:
         """Is called before a module quantizes for a training step."""
         if not dist.is_available() or not dist.is_initialized():
-            if self.group is not None:
-                self._decide_alone()
+            if self.group is not None or self._chosen is not None:
+                self._chosen = None
+                self._leave()
             return
+        if self._nested:  # the backward pass before ran in checkpointed parts alone, which end before it does
+            self._nested = False
+            self._end_round()
         group = self._find_group()
         if group is not self.group:
             self._join(group)
-        if group is not None:
-            self._due |= member.input.due
 
-    def backward_begins(self, member: ModuleQuantizers) -> None:
-        """Is called before a module quantizes its ``grad_output``: sees to a decision when the backward pass ends."""
-        if self.group is None:
-            return
-        self._due |= member.grad_output.due
+    def backward_begins(self) -> None:
+        """Is called in a backward pass, before a module quantizes its ``grad_output``, and with the first gradient."""
         task = current_backward()
-        if (self._due or self._every_step) and task not in (-1, self._queued_in):
-            self._queued_in = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._decide)
+        if self.group is None or not self._averages or task in (-1, self._queued_in):
+            return
+        if in_reentrant_backward():
+            self._nested = True
+            return
+        self._queued_in = task
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
 
     def _find_group(self) -> dist.ProcessGroup | None:
         wrapper = DistributedDataParallel._active_ddp_module
         group: dist.ProcessGroup | None
         if self._chosen is not None:
-            group = self._chosen
+            group, self._averages = self._chosen, True
         elif wrapper is not None:
-            group = wrapper.process_group
-            self._differ |= wrapper.find_unused_parameters
+            group, self._averages = wrapper.process_group, wrapper.require_backward_grad_sync
             if wrapper._join_config.enable:
                 raise RuntimeError(
                     "cnmix cannot train under torch's join() for uneven inputs: a process without data takes no part "
                     "in choosing formats. Give every process as many batches, as DistributedSampler does"
                 )
+            if wrapper not in self._wrappers:
+                self._enter(wrapper)
         elif self.group is not None or self._searched:  # a part of the model that is called by itself
+            self._averages |= self._sharded
             return self.group
         else:
             self._searched = True
-            group = self._find_mesh()
+            group, self._averages = self._find_mesh(), True
             if group is None and dist.get_world_size() > 1:
                 logger.warning(
                     "torch.distributed has %d processes, and this model is in neither DistributedDataParallel nor "
@@ -122,26 +133,35 @@ class Ranks:
                 )
         return group if group is self.group or (group is not None and dist.get_world_size(group) > 1) else None
 
+    def _enter(self, wrapper: DistributedDataParallel) -> None:
+        """Takes note of a wrapper that the model, or a part of it, trains in.
+
+        Raises:
+            RuntimeError: if another part trains in a wrapper of other processes.
+        """
+        if wrapper in self._left:
+            raise RuntimeError(
+                "parts of one model train in DistributedDataParallels of different process groups: give each part a "
+                "cnmix.initialize of its own"
+            )
+        if any(each.process_group is not wrapper.process_group for each in self._wrappers):
+            self._left.update(self._wrappers)
+            self._leave()
+        self._wrappers.add(wrapper)
+        trained = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+        # A process may run none of our modules in a round: then too it has to take part.
+        self._hooks.append(register_multi_grad_hook(trained, lambda _: self.backward_begins(), mode="any"))
+
     def _find_mesh(self) -> dist.ProcessGroup | None:
-        """Returns the processes that share the model's parameters among them, where ``fully_shard`` did that."""
-        model = None if self._model is None else self._model()
-        if model is None:
-            return None
-        for module in model.modules():
-            for parameters in parameter_groups(module):
+        """Returns the processes that share the modules' parameters among them, where ``fully_shard`` did that."""
+        members = {id(member) for each in self._members if (member := each()) is not None}
+        for parameters in all_parameter_groups():
+            owners = (each._module_info.module for each in parameters.fsdp_params)
+            if any(id(getattr(owner, "quantizers", None)) in members for owner in owners):
                 self._sharded = True
                 mesh = parameters.mesh_info.mesh
                 return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
         return None
-
-    def _quantizers(self) -> list[OperandQuantizer]:
-        """Returns those whose formats the processes choose together.
-
-        What they measure of weights is the same anyway, unless one of them does not run a module.
-        """
-        members = [member() for member in self._members]
-        chosen = [name for name in OPERANDS if name != "weight" or self._differ]
-        return [getattr(member, name) for member in members if member is not None for name in chosen]
 
     def _join(self, group: dist.ProcessGroup | None) -> None:
         """Begins to decide together, from the state of the group's first process, as wrappers do with parameters.
@@ -149,9 +169,8 @@ class Ranks:
         Raises:
             ValueError: on every process, if one has other modules or settings than the first.
         """
-        self.group = group
+        self._decide_alone()
         if group is None:
-            self._decide_alone()
             return
         members = [found for member in self._members if (found := member()) is not None]
         described = [(member.fqn, *(_comparable(config) for config in member.configs.values())) for member in members]
@@ -160,49 +179,69 @@ class Ranks:
         dist.all_gather_object(digests, digest, group=group)
         others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
         if others:
-            self.group = None
             raise ValueError(
                 f"rank {others[0]} of {len(digests)} converted other modules than rank 0, or with other settings: call "
                 "cnmix.initialize with the same model and the same arguments in every process"
             )
         states: list[Any] = [[member.state_dict() for member in members]]
         dist.broadcast_object_list(states, dist.get_global_rank(group, 0), group=group)
-        for member, state in zip(members, states[0], strict=True):
-            member.follow(state)
-        # An update that saturation brings forward is one that no other process knows of.
-        watching = any(quantizer.config.saturation is not None for quantizer in self._quantizers())
-        self._every_step = self._differ or watching
         # Each draws its own random numbers: the data differ, and equal noise would not average out.
         key = dist.get_rank(group) * 0x9E3779B97F4A7C15 % 2**64
-        for quantizer in self._quantizers():
-            quantizer.observation = Observation(first_step=quantizer.state.step)
-        for member in members:
+        for member, state in zip(members, states[0], strict=True):
+            member.follow(state)
             member.input.draw_key = member.grad_output.draw_key = key
+            for _, quantizer in member:
+                quantizer.observe(self._rounds)
+        self.group = group
+        self._last_collective = self._rounds.present - 1
+        self._next_collective = self._rounds.present  # how many steps a round has is known when it ends
+
+    def _leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._wrappers = [], weakref.WeakSet()
+        self._decide_alone()
 
     def _decide_alone(self) -> None:
-        self.group = None
+        self.group, self._searched, self._nested = None, False, False
         for member in self._members:
             for _, quantizer in member() or ():
                 quantizer.observation, quantizer.draw_key = None, 0
 
-    def _decide(self) -> None:
-        """Adds up what the processes noted, and gives every quantizer the state that follows from it."""
-        quantizers = [each for each in self._quantizers() if each.observation is not None]
-        total = torch.tensor([pack(each.state.step, each.observation) for each in quantizers], dtype=torch.float64)
+    def _end_round(self) -> None:
+        """Ends a round: adds up what the processes noted, if one measured, and gives every quantizer the same state."""
+        self._nested = False
+        if self.group is None:
+            return
+        if self._wrappers:  # a second backward pass through the same graph averages nothing
+            self._averages = False
+        present, self._rounds.present = self._rounds.present, self._rounds.present + 1
+        if present < self._next_collective and not self._every_round:
+            return
+        quantizers = [quantizer for each in self._members for _, quantizer in each() or ()]
+        rows = [pack(each.state.step, each.observation) for each in quantizers]
+        total = torch.tensor(rows, dtype=torch.float64)
         if "cpu" not in dist.get_backend_config(self.group):
             total = total.cuda()
         dist.all_reduce(total, group=self.group)
+        rounds = present - self._last_collective
+        self._last_collective = present
         for quantizer, row in zip(quantizers, total.tolist(), strict=True):
-            if row[0]:  # a process ran it
+            observation = quantizer.observation
+            if observation is not None and row[0]:
                 steps, seen = unpack(row)
-                quantizer.agree(quantizer.observation.first_step + steps, seen)  # type: ignore[union-attr]
-        self._due = False
-        model = None if self._model is None else self._model()
-        if self._sharded and model is not None:
+                seen.rounds = self._rounds
+                quantizer.agree(observation.first_step + steps, seen, steps / rounds)
+            elif observation is not None and observation.due_round <= present:  # no process ran it
+                observation.due_round = present + observation.patience
+                observation.patience = min(2 * observation.patience, _LONGEST_PATIENCE)
+        self._next_collective = min(each.observation.due_round for each in quantizers if each.observation is not None)
+        # An update that saturation brings forward is one that no process knows of the others.
+        self._every_round = any(each.config.saturation is not None for each in quantizers)
+        if self._sharded:
             from .sharded import gather_integers  # which needs the modules, and they need this
 
-            gather_integers(model)
-            self._sharded = False
+            gather_integers(all_parameter_groups())
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:  # a copy finds its own
         return Ranks, ()
@@ -215,6 +254,13 @@ def parameter_groups(module: nn.Module) -> list[Any]:
     state = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None)  # a single one until torch 2.11
     return list(groups) if groups is not None else [each for each in [state._fsdp_param_group] if each is not None]
+
+
+def all_parameter_groups() -> Iterator[Any]:
+    """Yields the groups of all modules of the process that ``fully_shard`` was called on."""
+    states = sys.modules.get("torch.distributed._composable_state")  # where it was not imported, there are none
+    for module in list(getattr(states, "_module_state_mapping", ())):
+        yield from parameter_groups(module)
 
 
 def fully_sharded_modules(model: nn.Module) -> set[nn.Module]:

@@ -112,3 +112,13 @@ def reentrant_part() -> Any:
             return context if frame.f_code is again or any(context.needs_input_grad) else None
         frame = frame.f_back
     return None
+
+
+def in_reentrant_backward() -> bool:
+    """Whether this is the backward pass of one part of the reentrant kind, which runs within that of the whole."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is checkpoint.CheckpointFunction.backward.__code__:
+            return True
+        frame = frame.f_back
+    return False

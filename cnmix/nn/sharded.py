@@ -12,42 +12,47 @@ extensions", the way of torchao's float8 weights). Here they are attributes of t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import kernels
 from ..fixed_point import FixedPoint, dequantize
 from .modules import QuantizedModule
-from .ranks import parameter_groups
 
 
-def gather_integers(model: nn.Module) -> None:
-    """Lets the weights of the model's converted modules travel as integers, where ``fully_shard`` gathers them.
+def gather_integers(groups: Iterable[Any]) -> None:
+    """Lets the weights of converted modules travel as integers, where ``fully_shard`` gathers them.
 
     Weights that something else than one module may read stay as they are: shared and parametrized ones, those of
     a mixed-precision policy, those sharded along another dimension than the first, and offloaded ones.
+
+    Args:
+        groups: torch's groups of parameters.
     """
-    for module in model.modules():
-        for group in parameter_groups(module):
-            for parameter in group.fsdp_params:
-                owner, name = parameter._module_info.module, parameter._module_info.param_name
-                plain = (
-                    isinstance(owner, QuantizedModule)
-                    and name == "weight"
-                    and not is_parametrized(owner)
-                    and not parameter._module_info.shared_modules
-                    and parameter.param_dtype is None
-                    and parameter.orig_dtype == torch.float32
-                    and parameter.fsdp_placement.dim == 0
-                    and not parameter.is_dtensor
-                    and not parameter.offload_to_cpu
-                    and not group._use_post_forward_mesh
-                )
-                if plain and not hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather"):
-                    _IntegerGather(parameter, owner, group).take_over()
+    for group in groups:
+        for parameter in group.fsdp_params:
+            owner, name = parameter._module_info.module, parameter._module_info.param_name
+            plain = (
+                isinstance(owner, QuantizedModule)
+                and name == "weight"
+                and not is_parametrized(owner)
+                and not parameter._module_info.shared_modules
+                and getattr(parameter, "param_dtype", torch.float32) is None  # unknown until it first runs
+                and parameter.orig_dtype == torch.float32
+                and parameter.fsdp_placement.dim == 0
+                and not parameter.is_dtensor
+                and not parameter.offload_to_cpu
+                and not group._use_post_forward_mesh
+            )
+            # Alone in its part of the mesh a process gathers nothing; and none that is under way is changed.
+            idle = group._all_gather_result is None and parameter.sharded_state.name == "SHARDED"
+            travels = idle and getattr(parameter.mesh_info, "shard_mesh_size", 1) > 1
+            if plain and travels and not hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather"):
+                _IntegerGather(parameter, owner, group).take_over()
 
 
 class _IntegerGather:
@@ -59,7 +64,7 @@ class _IntegerGather:
         group: torch's ``FSDPParamGroup`` of the parameter.
     """
 
-    def __init__(self, parameter: Any, owner: QuantizedModule, group: Any) -> None:
+    def __init__(self, parameter: Any, owner: Any, group: Any) -> None:
         self._parameter = parameter
         self._group = group
         self._owner = owner
@@ -81,6 +86,12 @@ class _IntegerGather:
 
         parameter.reset_sharded_param = reset_and_attach
 
+    def __deepcopy__(self, memo: Any) -> _IntegerGather:  # of a copied tensor, which torch gathers nothing for
+        return self
+
+    def __reduce__(self) -> tuple[type[_IntegerGather], tuple[None, None, None]]:
+        return _IntegerGather, (None, None, None)
+
     def _attach(self) -> None:
         local = self._parameter._sharded_local_tensor
         local.fsdp_pre_all_gather, local.fsdp_post_all_gather = self.before, self.after
@@ -91,6 +102,8 @@ class _IntegerGather:
         Beside integers goes one that says whether the part is finite.
         """
         part = self._parameter._sharded_param_data.view(self._parameter.padded_sharded_param_size)
+        if not isinstance(self._owner, QuantizedModule):  # a plain one again
+            return self._choose((part,)), None
         quantizer = self._owner.quantizers.weight
         state, training = quantizer.state, self._owner.training
         # Where the weight is kept after a forward pass, a training step may find that of an evaluation.
@@ -103,17 +116,21 @@ class _IntegerGather:
             quantized = kernels.quantize_measured(part, state.bits, state.position, quantizer.rounding(training))[0]
             inputs = (quantized.values, torch.tensor([quantized.finite], dtype=torch.int8))
             form = state.bits, state.position
+        return self._choose(inputs), form
+
+    def _choose(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._gathers != inputs[0].dtype:  # torch keeps the outputs of the last gather
             self._gathers = inputs[0].dtype
             self._parameter.all_gather_outputs = []
-        return inputs, form
+        return inputs
 
     @torch.no_grad()
     def after(
         self, gathered: tuple[Tensor, ...], form: tuple[int, int] | None, dtype: torch.dtype, *, out: Any = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Writes the float weight to ``out``, or returns it where there is none yet, with the memory to free."""
-        self._owner.quantizers.weight_is_integers = form is not None
+        if isinstance(self._owner, QuantizedModule):
+            self._owner.quantizers.weight_is_integers = form is not None
         if form is None:
             whole = gathered[0]
         else:
