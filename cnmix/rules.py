@@ -239,6 +239,8 @@ def _is_small(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features < SMALL_LINEAR
+    if isinstance(module, nn.Bilinear):
+        return module.in1_features * module.in2_features * module.out_features < SMALL_LINEAR
     if isinstance(module, nn.modules.conv._ConvNd):
         per_group = module.in_channels * module.out_channels // module.groups**2
         return per_group * math.prod(module.kernel_size) < SMALL_CONVOLUTION

@@ -147,7 +147,7 @@ def multiply(
 
     Args:
         x: float (..., K), or (N, C, *spatial) with a geometry.
-        weight: float (N, K), or (O, C / groups, *kernel).
+        weight: float (N, K), whose K may be several dimensions, or (O, C / groups, *kernel).
         bias: float, one per output feature or channel, added in float after the product, or None.
         quantizers: of the module.
         training: whether statistics may move.
