@@ -167,6 +167,17 @@ class RuleBook:
                     hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
                     raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
 
+    def check_sizes(self, modules: Iterable[nn.Module]) -> None:
+        """Raises ValueError, naming it, for a module without weights yet that a rule would choose by its size."""
+        lazy = [module for module in modules if isinstance(module, LazyModuleMixin)]
+        for rule in self.rules:
+            for module in lazy:
+                if rule.small and self._holds(dataclasses.replace(rule, small=False), module):
+                    raise ValueError(
+                        f"{_show(rule)}: {self._names[id(module)][0]!r} is a {type(module).__name__}, whose size is "
+                        "known after a forward pass: run one first, or leave it out of the rule"
+                    )
+
     def check_effect(self, convertible: Iterable[nn.Module]) -> None:
         """Raises ValueError for a rule with settings that holds for no module in fixed point; one by size may."""
         chosen = [module for module in convertible if self.why_left_out(module) in ("", TOO_SMALL)]
