@@ -242,7 +242,7 @@ class _Windows:
         library = native.library()
         self.gather: Callable[[slice], Tensor]
         """Returns the windows of some images: (groups, images * positions, taps * C / groups)."""
-        if groups == 1 and geometry.points and not any(after):
+        if groups == 1 and geometry.points and self.size == tuple(x.shape[2:]):
             pixels = _channels_last(x)
             self.gather = lambda batch: pixels[batch].reshape(1, -1, channels)
         elif groups == 1 and library is not None:
