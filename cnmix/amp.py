@@ -118,7 +118,7 @@ def initialize(
             new_models.append(model)
             if level.quantizes and not configs and not any(quantized_modules(model)):
                 which = "left of" if any(is_convertible(module) for module in model.modules()) else "in"
-                logger.warning("no Linear or convolution to convert %s %s", which, type(model).__name__)
+                logger.warning("no Linear, Bilinear or convolution to convert %s %s", which, type(model).__name__)
         if configs or not known:  # of a model that was initialized before, modules that came since
             to_convert[model] = all_rules
     new_optimizers, scalers = _new_scalers(optimizer_list, scale, num_losses, loss_scale)

@@ -184,8 +184,8 @@ class RuleBook:
         for rule in self.rules:
             if not rule.leave_out and not rule.small and not any(self._holds(rule, module) for module in chosen):
                 raise ValueError(
-                    f"{_show(rule)}: of what it chooses nothing computes in fixed point: it is no Linear or "
-                    "convolution, or left out by another rule"
+                    f"{_show(rule)}: of what it chooses nothing computes in fixed point: it is of no class that is "
+                    "converted (print(cnmix.summary(model)) names the reason), or left out by another rule"
                 )
 
     def without_gone(self) -> tuple[Rule, ...]:

@@ -113,6 +113,8 @@ class _QuantizedConvNd(QuantizedModule, nn.modules.conv._ConvNd):
         """Returns the input (N, C, *spatial) to compute with."""
         input = self._check_input(input)
         spatial = len(self.kernel_size)
+        if self.in_channels == 0:  # torch leaves it so in a lazy module that loaded its weights
+            self.in_channels = self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
         channels = input.shape[-spatial - 1] if input.dim() in (spatial + 1, spatial + 2) else None
         if channels != self.in_channels:
             raise ValueError(
