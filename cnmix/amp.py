@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import OperandConfigs, Product, QuantizeConfig
-from .nn import QUANTIZED_CLASSES, quantized_modules
-from .nn.convert import is_convertible, name_modules, revert
+from .nn import QUANTIZED_CLASSES, QuantizedModule, quantized_modules
+from .nn.convert import find_conversion, is_convertible, name_modules, plain_class, revert
 from .nn.module_state import check_widths
 from .optim import LossScaler, attach_scalers, check_scalers, gradients_of, scalers_of
 from .registry import Setup, registry, unwrap
@@ -118,7 +118,7 @@ def initialize(
             new_models.append(model)
             if level.quantizes and not configs and not any(quantized_modules(model)):
                 which = "left of" if any(is_convertible(module) for module in model.modules()) else "in"
-                logger.warning("no Linear or convolution to convert %s %s", which, type(model).__name__)
+                logger.warning("no Linear, Bilinear or convolution to convert %s %s", which, type(model).__name__)
         if configs or not known:  # of a model that was initialized before, modules that came since
             to_convert[model] = all_rules
     new_optimizers, scalers = _new_scalers(optimizer_list, scale, num_losses, loss_scale)
@@ -127,6 +127,8 @@ def initialize(
     for model, its_rules in to_convert.items():
         level.apply(model, config, its_rules, activations)
         _report_small(model, own_rules)
+        if level.quantizes:
+            _report_subclasses(model, its_rules)
     for model in model_list:
         name_modules(model)
         for ranks in {module.quantizers.ranks for _, module in quantized_modules(model)}:
@@ -322,6 +324,23 @@ def _report_small(model: nn.Module, rules: Sequence[Rule]) -> None:
     small = {fqn for fqn, module in candidates if book.why_left_out(module) == TOO_SMALL}
     if small:
         logger.warning("%s, left in float32: %s", TOO_SMALL, first_names(small, limit=20))
+
+
+def _report_subclasses(model: nn.Module, rules: Sequence[Rule]) -> None:
+    """Says which modules stay float because their classes changed what they were derived from."""
+    book = RuleBook(model, rules)
+    left: dict[str, set[str]] = {}
+    attention = [each for each in model.modules() if isinstance(each, nn.MultiheadAttention)]
+    inside = {part for each in attention for part in each.modules()}
+    for fqn, module in model.named_modules():
+        derived = any(isinstance(module, kind) for kind in QUANTIZED_CLASSES) and not isinstance(
+            module, QuantizedModule
+        )
+        reason = find_conversion(plain_class(module))[1] if derived and module not in inside else ""
+        if reason and not book.why_left_out(module):
+            left.setdefault(f"{plain_class(module).__name__} is {reason}", set()).add(fqn)
+    for reason, names in left.items():
+        logger.warning("left in float32: %s: %s", first_names(names), reason)
 
 
 def _is_initialized(model: nn.Module, setup: Setup) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .nn import quantized_modules
-from .nn.convert import is_convertible, plain_class
+from .nn.convert import find_conversion, is_convertible, plain_class
 from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
 from .registry import registry, unwrap
 from .rules import RuleBook
@@ -91,14 +92,17 @@ def summary(model: nn.Module, *example: Any) -> Summary:
     chosen: dict[str, nn.Module] = {
         fqn: module for fqn, module in model.named_modules() if isinstance(module, _UNCONVERTED)
     }
-    macs: dict[str, int] = {}
+    counted: dict[str, int] = {}
     seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     with _evaluation(model), torch.no_grad():  # in training spectral norm would move when its weight is read
-        weights = {fqn: getattr(module, "weight", None) for fqn, module in chosen.items()}
-        shapes = {fqn: tuple(weight.shape) for fqn, weight in weights.items() if isinstance(weight, Tensor)}
+        found = {fqn: getattr(module, "weight", None) for fqn, module in chosen.items()}
+        weights = {fqn: weight for fqn, weight in found.items() if isinstance(weight, Tensor)}
         if example:
-            with _counting(chosen, shapes, macs, seen):
+            with _counting({fqn: chosen[fqn] for fqn in weights}, counted, seen):
                 model(*example)
+    # Now, as a lazy module may just have got its weights.
+    shapes = {fqn: tuple(weight.shape) for fqn, weight in weights.items() if not is_lazy(weight)}
+    macs = {fqn: count * math.prod(shapes[fqn][1:]) for fqn, count in counted.items()}
     rows = []
     converted = any(quantized_modules(model))
     setup = registry.models.get(unwrap(model))
@@ -107,15 +111,13 @@ def summary(model: nn.Module, *example: Any) -> Summary:
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         product = next((ours.product for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), "")
-        widths, reason = None, ""
+        kind, widths, reason = plain_class(module).__name__, None, ""
         if isinstance(module, QuantizedModule):
-            kind = next(plain.__name__ for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, ours))
             bits = [quantizer.state.bits for _, quantizer in module.quantizers]
             widths = bits[0], bits[1], bits[2]
         elif fqn.startswith(inside):
             continue
         else:
-            kind = plain_class(module).__name__
             reason = _reason(module, left_out(module)) if converted else "the model is not converted"
         rows.append(SummaryRow(fqn, kind, product, shapes.get(fqn), seen.get(fqn), widths, macs.get(fqn), reason))
     return Summary(tuple(rows))
@@ -128,30 +130,27 @@ def _by(shape: tuple[int, ...]) -> str:
 def _reason(module: nn.Module, left_out: str) -> str:
     if is_convertible(module):
         return left_out or "came after initialize: call it again"
-    if isinstance(module, tuple(QUANTIZED_CLASSES)):
-        return f"a subclass of {type(module).__mro__[1].__name__}: only the class itself is converted"
-    return f"{type(module).__name__} is not converted in this version"
+    return find_conversion(plain_class(module))[1]
 
 
 @contextmanager
 def _counting(
     chosen: dict[str, nn.Module],
-    shapes: dict[str, tuple[int, ...]],
-    macs: dict[str, int],
+    counted: dict[str, int],
     seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> Iterator[None]:
-    """Adds up the multiply-accumulates of Linear and convolutions as they are called, and notes their shapes."""
+    """Adds up the numbers that the weights' rows multiply for as modules are called, and notes their shapes."""
     hooks = []
-    for fqn, shape in shapes.items():
+    for fqn, each in chosen.items():
 
-        def count(module: nn.Module, args: Any, output: Any, fqn: str = fqn, each: int = math.prod(shape[1:])) -> None:
-            counted = args[0] if getattr(module, "transposed", False) else output
-            if isinstance(counted, Tensor):
-                macs[fqn] = macs.get(fqn, 0) + counted.numel() * each
+        def count(module: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:
+            x = args[0] if args and getattr(module, "transposed", False) else output
+            if isinstance(x, Tensor):
+                counted[fqn] = counted.get(fqn, 0) + x.numel()
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 seen[fqn] = tuple(args[0].shape), tuple(output.shape)
 
-        hooks.append(chosen[fqn].register_forward_hook(count))
+        hooks.append(each.register_forward_hook(count))
     try:
         yield
     finally:

@@ -167,14 +167,25 @@ class RuleBook:
                     hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
                     raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
 
+    def check_sizes(self, modules: Iterable[nn.Module]) -> None:
+        """Raises ValueError, naming it, for a module without weights yet that a rule would choose by its size."""
+        lazy = [module for module in modules if isinstance(module, LazyModuleMixin)]
+        for rule in self.rules:
+            for module in lazy:
+                if rule.small and self._holds(dataclasses.replace(rule, small=False), module):
+                    raise ValueError(
+                        f"{_show(rule)}: {self._names[id(module)][0]!r} is a {type(module).__name__}, whose size is "
+                        "known after a forward pass: run one first, or leave it out of the rule"
+                    )
+
     def check_effect(self, convertible: Iterable[nn.Module]) -> None:
         """Raises ValueError for a rule with settings that holds for no module in fixed point; one by size may."""
         chosen = [module for module in convertible if self.why_left_out(module) in ("", TOO_SMALL)]
         for rule in self.rules:
             if not rule.leave_out and not rule.small and not any(self._holds(rule, module) for module in chosen):
                 raise ValueError(
-                    f"{_show(rule)}: of what it chooses nothing computes in fixed point: it is no Linear or "
-                    "convolution, or left out by another rule"
+                    f"{_show(rule)}: of what it chooses nothing computes in fixed point: it is of no class that is "
+                    "converted (print(cnmix.summary(model)) names the reason), or left out by another rule"
                 )
 
     def without_gone(self) -> tuple[Rule, ...]:
@@ -239,6 +250,8 @@ def _is_small(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features < SMALL_LINEAR
+    if isinstance(module, nn.Bilinear):
+        return module.in1_features * module.in2_features * module.out_features < SMALL_LINEAR
     if isinstance(module, nn.modules.conv._ConvNd):
         per_group = module.in_channels * module.out_channels // module.groups**2
         return per_group * math.prod(module.kernel_size) < SMALL_CONVOLUTION

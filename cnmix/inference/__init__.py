@@ -32,7 +32,7 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
         checkpoint: a file that ``cnmix.checkpoint.load`` reads, or what it returned.
 
     Returns:
-        The same model, in evaluation mode, its Linear and convolution modules computing on integers.
+        The same model, in evaluation mode, its modules in fixed point computing on stored integers.
 
     Raises:
         ValueError: if it is no checkpoint of cnmix, its modules are not the model's, one of them was not trained in

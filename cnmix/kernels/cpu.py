@@ -95,14 +95,16 @@ def convolution_grad_input(
     dilation: Sequence[int],
     groups: int,
     *,
+    bias: Tensor | None = None,
     channels_last: bool | None = None,
     exact_int31: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Returns the gradient of a convolution's input, of shape ``input_size``; float32, or ``dtype`` rounded from that.
 
-    The transposed convolution as a plain one: grad_output spread out by the stride, kernel taps in reverse order. The
-    memory has channels last where ``channels_last`` says so; by default where that of ``grad_output`` has.
+    The transposed convolution as a plain one: grad_output spread out by the stride, kernel taps in reverse order. As a
+    layer of its own it has ``bias`` (C,) added. The memory has channels last where ``channels_last`` says so; by
+    default where that of ``grad_output`` has.
     """
     kernel = weight.values.shape[2:]
     spatial = tuple(input_size)[2:]
@@ -117,19 +119,19 @@ def convolution_grad_input(
     if finite and depthwise.serve(grad_output, weight, groups, input_size[1], weight.values.shape[0]):
         each = depthwise.Depthwise(_channels_last(grad_output.values), windows)
         reverse = weight.values.flatten(1).flip(1).t()
-        return _as_image(each.correlate(reverse, grad_output, weight, None, layout), spatial, layout).to(dtype)
+        return _as_image(each.correlate(reverse, grad_output, weight, bias, layout), spatial, layout).to(dtype)
     by_tap = _channels_last(weight.values)
     if finite and tiles.serve(grad_output, weight):
         whole = tiles.Convolution(_channels_last(grad_output.values), windows, groups)
         matrices = tiles.transposed_kernel_matrices(by_tap, groups)
-        out = whole.correlate(matrices, input_size[1], grad_output, weight, None, layout, dtype)
+        out = whole.correlate(matrices, input_size[1], grad_output, weight, bias, layout, dtype)
         return _as_image(out, spatial, layout)
     gathered = _Windows(grad_output.values, windows, after, groups)
     # (O, C / groups, *kernel) -> (groups, kernel taps in reverse * O / groups, C / groups)
     by_tap = by_tap.flatten(1, -2).unflatten(0, (groups, -1))
     taps = [by_tap[:, :, tap] for tap in reversed(range(by_tap.shape[2]))]
     matrix = torch.stack(taps, dim=1).flatten(1, 2)
-    return _correlate(gathered, matrix, grad_output, weight, None, layout, exact_int31).to(dtype)
+    return _correlate(gathered, matrix, grad_output, weight, bias, layout, exact_int31).to(dtype)
 
 
 def convolution_grad_weight(
@@ -240,7 +242,7 @@ class _Windows:
         library = native.library()
         self.gather: Callable[[slice], Tensor]
         """Returns the windows of some images: (groups, images * positions, taps * C / groups)."""
-        if groups == 1 and geometry.points and not any(after):
+        if groups == 1 and geometry.points and self.size == tuple(x.shape[2:]):
             pixels = _channels_last(x)
             self.gather = lambda batch: pixels[batch].reshape(1, -1, channels)
         elif groups == 1 and library is not None:

@@ -1,12 +1,16 @@
-"""Converts a model's Linear and convolution modules in place."""
+"""Converts a model's Linear, Bilinear and convolution modules in place."""
 
 from __future__ import annotations
 
+import copyreg
+import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -19,11 +23,12 @@ from .ranks import Ranks, fully_sharded_modules, is_fully_sharded
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
-    """Makes every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the model compute in fixed point, in place.
+    """Makes every Linear, Bilinear, convolution and transposed convolution compute in fixed point, in place.
 
     Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
     are left as they are. A parametrized module (weight norm, spectral norm) quantizes the weight that its
-    parametrization computes. Everything is checked before anything is changed.
+    parametrization computes; a subclass stays one (see ``find_conversion``); a lazy module begins with the first
+    forward pass, which gives it its weights. Everything is checked before anything is changed.
 
     Args:
         model: the model; may itself be one of those modules.
@@ -41,7 +46,7 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     ranks = next((module.quantizers.ranks for _, module in quantized_modules(model)), None) or Ranks()
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
-        converted = QUANTIZED_CLASSES[plain_class(module)]
+        converted = _converted_class(plain_class(module))
         # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         name = fqn or type(module).__name__
         module.__dict__["quantizers"] = ModuleQuantizers(configs, converted.product, name, latest_input, ranks)
@@ -66,7 +71,7 @@ def plan(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -
 def name_modules(model: nn.Module) -> None:
     """Tells converted modules their present names, which messages use."""
     for fqn, module in quantized_modules(model):
-        module.quantizers.fqn = fqn or plain_class(module).__name__.removeprefix("Quantized")
+        module.quantizers.fqn = fqn or plain_class(module).__name__
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -76,9 +81,8 @@ def revert(model: nn.Module) -> list[str]:
     """
     use_float32(model)
     found = dict(quantized_modules(model))
-    plain_classes: dict[type[nn.Module], type[nn.Module]] = {ours: plain for plain, ours in QUANTIZED_CLASSES.items()}
     for module in found.values():
-        _set_class(module, plain_classes[plain_class(module)])
+        _set_class(module, plain_class(module))
         del module.__dict__["quantizers"]
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -92,14 +96,14 @@ def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[st
     """Returns the modules, by fully qualified name, that ``convert`` would change; changes nothing.
 
     Raises:
-        ValueError: if a rule names a module or class that is not there, a weight is not float32 or not yet
-            initialized, or is shared with a module that stays float.
+        ValueError: if a rule names a module or class that is not there, or goes by the size of a module that is not
+            known yet, a weight is not float32, or is shared with a module that stays float.
     """
     book = RuleBook(model, rules)
     book.check()
-    chosen = {
-        fqn: module for fqn, module in model.named_modules() if is_convertible(module) and not book.why_left_out(module)
-    }
+    found = {fqn: module for fqn, module in model.named_modules() if is_convertible(module)}
+    book.check_sizes(found.values())
+    chosen = {fqn: module for fqn, module in found.items() if not book.why_left_out(module)}
     _check_weights(chosen, fully_sharded_modules(model))
     _check_shared_weights(model, {id(module) for module in chosen.values()})
     return chosen
@@ -113,16 +117,94 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
 
 
 def is_convertible(module: nn.Module) -> bool:
-    """Whether the class of the module, parametrized or not, has a counterpart in fixed point."""
-    return plain_class(module) in QUANTIZED_CLASSES or isinstance(module, LazyModuleMixin)
+    """Whether ``convert`` would change a module of this class; a converted one is not."""
+    return not isinstance(module, QuantizedModule) and find_conversion(plain_class(module))[0] is not None
+
+
+def find_conversion(kind: type[nn.Module]) -> tuple[type[QuantizedModule] | None, str]:
+    """Says how modules of a class are converted.
+
+    A subclass is converted if it keeps the forward pass of its parent in torch, or has one that calls it by
+    ``super().forward(...)``: our class takes the place in front of that parent. One that multiplies otherwise stays
+    float: it would not use what conversion gives it. A lazy module is converted as what it becomes.
+
+    Args:
+        kind: the class in the plain model, as ``plain_class`` returns it.
+
+    Returns:
+        The class of ours that computes its forward pass, and ""; or None, and the reason.
+    """
+    parent = next((each for each in kind.__mro__ if each in QUANTIZED_CLASSES), None)
+    if parent is None:
+        return None, f"{kind.__name__} is not converted in this version"
+    if issubclass(kind, NonDynamicallyQuantizableLinear):
+        return None, "nn.MultiheadAttention multiplies by its weight without calling it"
+    ours, above = QUANTIZED_CLASSES[parent], kind.__mro__[: kind.__mro__.index(parent)]
+    prefix, own_classes = f"a subclass of {parent.__name__}", ours.__mro__[: ours.__mro__.index(parent)]
+    names = {name for each in own_classes for name in vars(each) if not name.startswith("__")} | {"quantizers"}
+    for each in above:
+        if "forward" in vars(each) and not _calls_super_forward(vars(each)["forward"]):
+            return None, f"{prefix} with a forward of its own, which does not call super().forward"
+        if "_conv_forward" in vars(each):
+            return None, f"{prefix} with a _conv_forward of its own"
+        taken = sorted(names & {*vars(each)} - {"forward", "extra_repr"})
+        if taken:
+            return None, f"{prefix} with an attribute {taken[0]!r} of its own, a name that cnmix uses"
+    becomes = _becomes(kind)
+    return (ours, "") if becomes is None else find_conversion(becomes)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class under those that parametrizations and ``fully_shard`` put over it."""
+    """Returns the module's class in the plain model, under those that parametrizations and ``fully_shard`` put over."""
     kind = type(module)
     while _put_over(kind):
         kind = kind.__bases__[-1]
-    return kind
+    if not issubclass(kind, QuantizedModule):
+        return kind
+    return next((plain for plain, ours in QUANTIZED_CLASSES.items() if ours is kind), kind.__bases__[0])
+
+
+def _converted_class(kind: type[nn.Module]) -> type[QuantizedModule]:
+    """Returns the class for modules of a plain class: ours, or one made of a subclass and ours."""
+    ours, reason = find_conversion(kind)
+    if ours is None:
+        raise TypeError(f"{kind.__name__} is not converted: {reason}")
+    if kind in QUANTIZED_CLASSES:
+        return ours
+    for known in type.__subclasses__(kind):  # a class keeps them, weakly: each of ours is made once
+        if known.__bases__ == (kind, ours) and issubclass(known, QuantizedModule):
+            return known
+    own: dict[str, Any] = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduce}
+    becomes = _becomes(kind)
+    if becomes is not None:
+        own["cls_to_become"] = _converted_class(becomes)
+    made: type[QuantizedModule] = type(f"Quantized{kind.__name__}", (kind, ours), own)
+    return made
+
+
+def _becomes(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Returns the class that a lazy module takes in its first forward pass."""
+    return kind.cls_to_become if issubclass(kind, LazyModuleMixin) else None
+
+
+def _calls_super_forward(forward: Any) -> bool:
+    """Whether the code of a method says ``super().forward``, without following what else it calls."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and {"super", "forward"} <= {*code.co_names}
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Reduces a module for pickle and copy: its class is made again from the plain one, which can be imported."""
+    plain = plain_class(module)
+    reduced: Any = plain.__reduce_ex__(module, max(protocol, 2))
+    if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return reduced  # the class has a way of its own
+    return _new_converted, (plain,), *reduced[2:]
+
+
+def _new_converted(kind: type[nn.Module]) -> QuantizedModule:
+    converted = _converted_class(kind)
+    return converted.__new__(converted)
 
 
 def _put_over(kind: type) -> str:
@@ -150,8 +232,6 @@ def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) 
         split = any(parameter is not None and is_distributed(parameter) for parameter in module._parameters.values())
         if split and module not in fully_sharded:
             raise ValueError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
-        if isinstance(module, LazyModuleMixin):
-            raise ValueError(f"{fqn!r} is a {type(module).__name__} without weights yet: run one forward pass first")
         dtype = _weight_dtype(module)
         if dtype != torch.float32:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Linear and convolution in fixed point, differentiable."""
+"""Matrix product and convolution in fixed point, differentiable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .recomputation import saved_tensor_hooks
 
 
 class _Product(torch.autograd.Function):
-    """The three products of Linear and convolution, in eager mode."""
+    """The three products of a module, in eager mode."""
 
     @staticmethod
     def forward(
@@ -143,11 +143,11 @@ def multiply(
     training: bool,
     geometry: ConvolutionGeometry | None = None,
 ) -> Tensor:
-    """Multiplies in fixed point, differentiably: ``x @ weight.T + bias``, or a convolution.
+    """Multiplies in fixed point, differentiably: ``x @ weight.T + bias``, or a convolution, transposed or not.
 
     Args:
         x: float (..., K), or (N, C, *spatial) with a geometry.
-        weight: float (N, K), or (O, C / groups, *kernel).
+        weight: float (N, K), whose K may be several dimensions, or (O, C / groups, *kernel).
         bias: float, one per output feature or channel, added in float after the product, or None.
         quantizers: of the module.
         training: whether statistics may move.

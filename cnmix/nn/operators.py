@@ -35,7 +35,7 @@ def traced_product(
     geometry: ConvolutionGeometry | None,
 ) -> Tensor:
     """Multiplies as ``functional`` does, by an operator that a graph can hold."""
-    numbers = [] if geometry is None else [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+    numbers = [] if geometry is None else _as_numbers(geometry)
     bits = (quantizers.input.state.bits, quantizers.weight.state.bits)  # guarded: a graph serves these widths
     call, dtype = torch.empty(0), quantizers.output_dtype or x.dtype
     keep = torch.is_grad_enabled()
@@ -60,12 +60,13 @@ def product(
 
     Args:
         x: float (..., K), or (N, C, *spatial) with a geometry.
-        weight: float (N, K), or (O, C / groups, *kernel).
+        weight: float (N, K), whose K may be several dimensions, or (O, C / groups, *kernel).
         bias: float, one per output feature or channel, or None.
         call: an empty tensor made for this call.
         handle: of the module's quantizers; a tensor, so that one graph serves all layers of a shape.
         training: whether statistics may move.
-        geometry: empty for Linear; else stride, padding and dilation per dimension, and groups.
+        geometry: empty for a matrix product; else the number of spatial dimensions, stride, padding and dilation for
+            each, groups, whether it is transposed, and if it is output_padding for each.
         x_bits: width of the input's integers that are returned.
         weight_bits: of the weight's.
         dtype: of the output.
@@ -111,10 +112,8 @@ def _(
     described = _geometry(geometry)
     if described is None:
         return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype), x_values, weight_values, numbers
-    size = kernels.reference.output_size(
-        x.shape[2:], weight.shape[2:], described.stride, described.padding, described.dilation
-    )
-    y = _image(x, weight.shape[0], size, kernels.has_channels_last(x), dtype)
+    _, channels, *size = described.output_shape(x.shape, weight.shape)
+    y = _image(x, channels, size, kernels.has_channels_last(x), dtype)
     return y, x_values, weight_values, numbers
 
 
@@ -174,7 +173,7 @@ def _(
     if needs[1]:
         grad_weight = grad_output.new_empty(weight_shape, dtype=torch.float32)
     if needs[2]:
-        grad_bias = grad_output.new_empty(weight_shape[0], dtype=torch.float32)
+        grad_bias = grad_output.new_empty(grad_output.shape[1 if geometry else -1], dtype=torch.float32)
     return grad_x, grad_weight, grad_bias
 
 
@@ -210,12 +209,18 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ..
 product.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _as_numbers(geometry: ConvolutionGeometry) -> list[int]:
+    stride, padding, dilation, groups, transposed, output_padding = geometry
+    return [len(stride), *stride, *padding, *dilation, groups, int(transposed), *output_padding]
+
+
 def _geometry(numbers: Sequence[int]) -> ConvolutionGeometry | None:
     if not numbers:
         return None
-    n = len(numbers) // 3
-    stride, padding, dilation = (tuple(numbers[i * n : (i + 1) * n]) for i in range(3))
-    return ConvolutionGeometry(stride, padding, dilation, numbers[-1])
+    n, *rest = numbers
+    stride, padding, dilation = (tuple(rest[i * n : (i + 1) * n]) for i in range(3))
+    groups, transposed, *output_padding = rest[3 * n :]
+    return ConvolutionGeometry(stride, padding, dilation, groups, bool(transposed), tuple(output_padding))
 
 
 def _integers(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,57 @@ from .quantizers import ModuleQuantizers
 
 
 class ConvolutionGeometry(NamedTuple):
-    """Stride, padding and dilation per spatial dimension, and the groups of a convolution."""
+    """Stride, padding and dilation per spatial dimension, and the groups of a convolution.
+
+    A transposed convolution computes what the convolution of the same geometry has as its input's gradient: its input
+    has the shape of that one's output, its output that of its input, and its weight is that one's, (O, C / groups,
+    *kernel) with O channels in and C out.
+
+    Attributes:
+        stride: per spatial dimension.
+        padding: likewise.
+        dilation: likewise.
+        groups: of channels.
+        transposed: whether this is a transposed convolution.
+        output_padding: of a transposed convolution, per spatial dimension; empty for another.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def of_kernels(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        """Stride, padding, dilation and groups, as ``kernels`` takes them."""
+        return self[:4]
+
+    def output_shape(self, x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns (N, channels, *output) for an input (N, channels, *spatial).
+
+        Raises:
+            ValueError: if no output would be left, or ``output_padding`` is too large.
+        """
+        images, _, *spatial = x_shape
+        kernel = weight_shape[2:]
+        if not self.transposed:
+            size = kernels.reference.output_size(spatial, kernel, self.stride, self.padding, self.dilation)
+            return images, weight_shape[0], *size
+        each = zip(spatial, kernel, *self[:3], self.output_padding, strict=True)
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, k, s, p, d, extra in each]
+        if any(extra >= max(s, d) for extra, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True)):
+            raise ValueError(
+                f"output_padding {self.output_padding} must be smaller than the stride {self.stride} or the dilation "
+                f"{self.dilation}"
+            )
+        if any(n < 1 for n in size):
+            raise ValueError(
+                f"an input of spatial size {tuple(spatial)} would give an output of {tuple(size)}: take a larger "
+                f"input, or less padding than {self.padding}"
+            )
+        return images, weight_shape[1] * self.groups, *size
 
 
 class Saved(NamedTuple):
@@ -60,18 +105,27 @@ def forward_product(
         The output in the dtype of ``x``, or the half type that the model computes in; both operands; and what else
         ``backward_products`` takes.
     """
+    shape = () if geometry is None else geometry.output_shape(x.shape, weight.shape)  # refuses before anything moves
     qx, qw = quantizers.quantize(x, weight, training)
     exact = quantizers.config.exact_int31
     dtype = quantizers.output_dtype or x.dtype
     channels_last = geometry is not None and kernels.has_channels_last(x)
     if geometry is None:
-        columns = qw._replace(values=qw.values.t())
+        columns = qw._replace(values=qw.values.flatten(1).t())
         y = kernels.matmul(_as_matrix(qx), columns, bias=bias, exact_int31=exact, dtype=dtype)
         y = y.view(*x.shape[:-1], weight.shape[0])
     else:
         qx = kernels.to_channels_last(qx)  # once, for this product and grad_weight's
-        y = kernels.convolution(
-            qx, qw, *geometry, bias=bias, channels_last=channels_last, exact_int31=exact, dtype=dtype
+        y = _convolve(
+            qx,
+            qw,
+            shape,
+            geometry,
+            geometry.transposed,
+            bias=bias,
+            channels_last=channels_last,
+            exact_int31=exact,
+            dtype=dtype,
         )
     # Not as a view, on which autograd refuses to work in place: a ReLU(inplace=True) may follow.
     return y.data, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype)
@@ -117,10 +171,11 @@ def _linear_gradients(
     rows = _as_matrix(qg)
     grad_x = grad_weight = None
     if qw is not None:
-        grad_x = kernels.matmul(rows, qw, exact_int31=exact, dtype=saved.x_dtype).view(saved.x_shape)
+        matrix = qw._replace(values=qw.values.flatten(1))
+        grad_x = kernels.matmul(rows, matrix, exact_int31=exact, dtype=saved.x_dtype).view(saved.x_shape)
     if qx is not None:
         columns = rows._replace(values=rows.values.t())
-        grad_weight = kernels.matmul(columns, _as_matrix(qx), exact_int31=exact)
+        grad_weight = kernels.matmul(columns, _as_matrix(qx), exact_int31=exact).view(saved.weight_shape)
     return grad_x, grad_weight
 
 
@@ -143,15 +198,42 @@ def _convolution_gradients(
     qg = kernels.to_channels_last(qg)
     grad_x = grad_weight = None
     if qw is not None:
-        grad_x = kernels.convolution_grad_input(
+        grad_x = _convolve(
             qg,
             qw,
             saved.x_shape,
-            *geometry,
+            geometry,
+            not geometry.transposed,
             channels_last=saved.channels_last,
             exact_int31=exact,
             dtype=saved.x_dtype,
         )
     if qx is not None:
-        grad_weight = kernels.convolution_grad_weight(qg, qx, saved.weight_shape, *geometry, exact_int31=exact)
+        # The weight of a transposed convolution is that of the convolution from its output to its input.
+        output, source = (qx, qg) if geometry.transposed else (qg, qx)
+        grad_weight = kernels.convolution_grad_weight(
+            output, source, saved.weight_shape, *geometry.of_kernels, exact_int31=exact
+        )
     return grad_x, grad_weight
+
+
+def _convolve(
+    x: FixedPoint,
+    weight: FixedPoint,
+    shape: Sequence[int],
+    geometry: ConvolutionGeometry,
+    transposed: bool,
+    *,
+    channels_last: bool,
+    **options: Any,
+) -> Tensor:
+    """Returns the convolution of ``x``, or the transposed one, of this shape and layout."""
+    if transposed:
+        product = kernels.convolution_grad_input
+        return product(x, weight, shape, *geometry.of_kernels, channels_last=channels_last, **options)
+    y = kernels.convolution(x, weight, *geometry.of_kernels, channels_last=channels_last, **options)
+    if y.shape == shape:
+        return y
+    # Where a transposed convolution is dilated, its output_padding may hold whole strides, which no input stands for.
+    y = y[tuple(slice(n) for n in shape)]
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else y.contiguous()

@@ -130,9 +130,11 @@ def arguments(module, x, geometry, keep, requires_grad=False):
     [
         (lambda: nn.Linear(8, 5), (3, 8), []),
         (lambda: nn.Linear(8, 5), (2, 3, 8), []),
-        (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 7), [2, 1, 1, 2]),
-        (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 7), [1, 1, 0, 1, 1, 1, 1]),
-        (lambda: nn.Conv3d(2, 4, 2), (1, 2, 4, 4, 4), [1, 1, 1, 0, 0, 0, 1, 1, 1, 1]),
+        (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 7), [1, 2, 1, 1, 2, 0]),
+        (lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 7), [2, 1, 1, 0, 1, 1, 1, 1, 0]),
+        (lambda: nn.Conv3d(2, 4, 2), (1, 2, 4, 4, 4), [3, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0]),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 5), [1, 2, 1, 1, 2, 1, 1]),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 3, 4), [2, 2, 1, 0, 1, 4, 1, 1, 1, 3, 0]),
     ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
