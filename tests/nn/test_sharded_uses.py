@@ -166,9 +166,7 @@ def copies(rank, folder):
     weight = model.fc1.weight
     copied = copy.deepcopy(weight)
     read = pickle.loads(pickle.dumps(weight.to_local().detach()))
-    with pytest.raises(
-        ValueError, match="shared out among processes: prepare a plain model"
-    ):
+    with pytest.raises(ValueError, match="shared out among processes: prepare a plain model"):
         inference.freeze(model)
     with pytest.raises(ValueError, match="is shared out among processes, and this one has a part of it"):
         checkpoints.save(f"{folder}/a.pt", model)
