@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import native, reference
+from .batches import BatchStatistics, batched_matmul, quantize_batch
 from .cpu import (
     convolution,
     convolution_grad_input,
@@ -30,8 +31,10 @@ from .quantization import (
 )
 
 __all__ = [
+    "BatchStatistics",
     "Shares",
     "Statistics",
+    "batched_matmul",
     "channel_sums",
     "checksum",
     "convolution",
@@ -41,6 +44,7 @@ __all__ = [
     "has_channels_last",
     "matmul",
     "quantize",
+    "quantize_batch",
     "quantize_measured",
     "reference",
     "saturated_share",
