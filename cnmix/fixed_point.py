@@ -134,14 +134,22 @@ def powers_of_two(exponent: Tensor) -> Tensor:
     return (exponent.to(torch.int64) + 1023 << 52).view(torch.float64)
 
 
+def is_float32_exponent(exponent: int | Tensor) -> bool:
+    """Says whether ``2**exponent`` is a normal float32, of a tensor of exponents for each of them."""
+    if not isinstance(exponent, Tensor):
+        return -126 <= exponent <= 127
+    return exponent.numel() == 0 or (int(exponent.min()) >= -126 and int(exponent.max()) <= 127)
+
+
 def scale_by_power_of_two(x: Tensor, exponent: int | Tensor) -> Tensor:
     """Multiplies a float32 tensor by ``2**exponent`` in place, with at most one rounding (into the subnormals).
 
-    A tensor of exponents broadcasts against ``x``. These, and exponents outside float32's own range, go through
-    float64, where the product is exact.
+    A tensor of exponents broadcasts against ``x``. Exponents outside float32's own range go through float64, where the
+    product is exact.
     """
-    if isinstance(exponent, Tensor):
-        return x.copy_(x.to(torch.float64).mul_(powers_of_two(exponent)))
-    if -126 <= exponent <= 127:
-        return x.mul_(2.0**exponent) if exponent else x
-    return x.copy_(x.to(torch.float64).mul_(2.0**exponent))
+    if not isinstance(exponent, Tensor) and exponent == 0:
+        return x
+    factor = powers_of_two(exponent) if isinstance(exponent, Tensor) else 2.0**exponent
+    if is_float32_exponent(exponent):
+        return x.mul_(factor.to(torch.float32) if isinstance(factor, Tensor) else factor)
+    return x.copy_(x.to(torch.float64).mul_(factor))

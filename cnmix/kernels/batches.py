@@ -166,10 +166,11 @@ def _multiply_on_torch(
     if isinstance(exponent, Tensor):
         exponent = exponent.expand(*batch, 1, 1).reshape(-1, 1, 1)
     # The batch as one dimension: a copy where it is not, of integers.
-    left, right = a.values.reshape(-1, m, k), b.values.reshape(-1, k, n)
-    out = native.empty((math.prod(batch), m, n), torch.float32)
+    entries = math.prod(batch)
+    left, right = a.values.reshape(entries, m, k), b.values.reshape(entries, k, n)
+    out = native.empty((entries, m, n), torch.float32)
     together = max(1, _BLOCK // (m * k + k * n + m * n)) if m * k * n < _LARGE_ENTRY else 1
-    for first in range(0, len(out), together):
+    for first in range(0, entries, together):
         block = slice(first, first + together)
         step = exponent[block] if isinstance(exponent, Tensor) else exponent
         if m * k * n >= _LARGE_ENTRY:

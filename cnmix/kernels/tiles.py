@@ -13,19 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..fixed_point import FixedPoint, FixedPointBatch, exponents, powers_of_two
+from ..fixed_point import FixedPoint, FixedPointBatch, exponents, is_float32_exponent, powers_of_two
 from . import native
 from .native.structures import Operand, Product, ProductBatch, Windows
 
 
 def serve(a: FixedPoint | FixedPointBatch, b: FixedPoint | FixedPointBatch) -> bool:
-    """Whether the compiled part multiplies these operands, of at least one entry, on this processor."""
+    """Whether the compiled part multiplies these operands, on this processor."""
     library = native.library()
     if library is None or library.cnmix_multiplies(a.values.itemsize, b.values.itemsize) != 1:
         return False
-    exponent = exponents(a) + exponents(b)
-    lowest, highest = map(int, exponent.aminmax()) if isinstance(exponent, Tensor) else (exponent, exponent)
-    return lowest >= -126 and highest <= 127  # the scale is a normal float32
+    return is_float32_exponent(exponents(a) + exponents(b))
 
 
 # What the compiled part writes; other types are cast from float32.
