@@ -65,6 +65,9 @@ def describe() -> dict[str, str]:
         "int16 product": _served(2) or _int16_product(variant.name),
         "int31 product": _served(4)
         or "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
+        "batched product": "the product of its widths, one call for the batch"
+        if _served(1)
+        else "small entries together, int8 in float32 up to K = 1024 and else float64; large ones one by one",
         "convolution": "the product of its widths, over windows"
         + (" read where they lie; depthwise directly" if _served(1) else " gathered into a matrix"),
     }

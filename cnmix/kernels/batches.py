@@ -190,11 +190,10 @@ def _multiply_in_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
 
     A product is at most 2**14, so that every partial sum, in whatever order, is an integer up to 1024 * 2**14 = 2**24:
     float32 holds all of these. Matrix units that read bfloat16 or TF32 (``torch.set_float32_matmul_precision``) change
-    nothing, for both hold int8; autocast would, by rounding the sums.
+    nothing, for both hold int8; autocast, which would round the sums, leaves calls with ``out`` alone.
     """
-    with torch.autocast("cpu", enabled=False):
-        torch.bmm(a.to(torch.float32), b.to(torch.float32), out=out)
-    out.add_(0.0)  # -0, the sum of products that are, is 0
+    torch.bmm(a.to(torch.float32), b.to(torch.float32), out=out)
+    out.add_(0.0)  # were the sum of one product -0
 
 
 def _given_positions(positions: Tensor, batch: torch.Size) -> Tensor:

@@ -120,20 +120,29 @@ def test_extremes_of_every_pair_of_widths(bits, fills):
     assert same_bits(batches.batched_matmul(a, b, exact_int31=True), reference.batched_matmul(a, b))
 
 
-@pytest.mark.parametrize("k", [1023, 1024, 1025, 2049])
+@pytest.mark.parametrize("k", [1023, 1024, 1025, 1100, 2049])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_int8_sums_to_the_end_of_float32_and_beyond(k, precision):
     torch.set_float32_matmul_precision(precision)
     try:
         for fills in (("low", "low"), ("low", "high"), ("extremes", "random")):
             a, b = (operand(s, 8, f) for s, f in zip(((9, 16, k), (9, k, 32)), fills, strict=True))
-            odd = b._replace(values=b.values.clone())
-            odd.values[:, -1] = 1
+            # Odd products, of which float32 would lose the last bits.
+            odd = b._replace(values=operand((9, k, 32), 8).values % 32 * 2 + 65)
+            a = a._replace(values=a.values.clamp(min=-127))
             with torch.autocast("cpu", torch.bfloat16):
                 assert same_bits(batches.batched_matmul(a, b), reference.batched_matmul(a, b))
                 assert same_bits(batches.batched_matmul(a, odd), reference.batched_matmul(a, odd))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 64), (1, 64, 1, 8), (4, 3, 2, 5)])
+def test_zero_has_no_sign(shape):
+    entries, m, k, n = shape
+    a, b = operand((entries, m, k), 8), operand((entries, k, n), 8, "low")
+    a.values.zero_()
+    assert not batches.batched_matmul(a, b).signbit().any()
 
 
 def test_attention_of_heads_that_share_their_keys():
