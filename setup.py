@@ -27,14 +27,15 @@ class BuildNative(build_ext):
 
 
 native = "cnmix/kernels/native"
-sources = ("processor", "memory", "quantize", "layout", "digits", "panels", "product", "depthwise")
+sources = ("processor", "memory", "quantize", "layout", "digits", "panels", "product", "batch", "depthwise")
+headers = ("common", "avx512", "rounding", "windows", "panels", "product", "tiles")
 setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(
             "cnmix.kernels.native._native",
             [f"{native}/{name}.cpp" for name in sources],
-            depends=[f"{native}/{name}.h" for name in ("common", "avx512", "rounding", "windows", "panels", "tiles")],
+            depends=[f"{native}/{name}.h" for name in headers],
             # No contraction to fused multiply-add: a product and a sum round separately, as the reference defines. The
             # last two change no value; without them floor is not vectorized.
             extra_compile_args=[

@@ -19,12 +19,19 @@ from torch import Tensor, nn
 
 import cnmix
 from cnmix import kernels
-from cnmix.fixed_point import FixedPoint, limits, storage_dtype
+from cnmix.fixed_point import FixedPoint, FixedPointBatch, limits, storage_dtype
 
 Arms = dict[str, Callable[[], object]]
 LINEARS = ((1024, 1024, 1024), (4096, 768, 3072))
 SMALL_LINEARS = tuple((rows, width, width) for rows in (64, 512, 4096) for width in (64, 128, 256))
 SMALL_CONVOLUTIONS = ((3, 16, 32), (3, 32, 16), (3, 64, 8))
+# Attention of 32 images with 8 heads of 64 channels, and the products of its backward pass.
+BATCHES = (
+    ((256, 128, 64, 128), "b", "Q·Kᵀ and its like"),
+    ((256, 128, 128, 64), "", "P·V and dS·K"),
+    ((256, 128, 128, 64), "a", "Pᵀ·dO and dSᵀ·Q"),
+    ((256, 128, 64, 128), "", "contiguous"),
+)
 CONVOLUTIONS = ((3, 64, 56), (3, 128, 28), (3, 256, 14), (3, 512, 7), (1, 256, 56))
 
 
@@ -79,6 +86,46 @@ def product_arms(size: int, bits: int) -> Arms:
     return arms
 
 
+def batch_arms(entries: int, m: int, k: int, n: int, transposed: str) -> Arms:
+    """Returns products of a batch of heads beside torch.bmm's; operands named in ``transposed`` lie the other way."""
+
+    def operand(name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        swap = name in transposed
+        shape = (entries, columns, rows) if swap else (entries, rows, columns)
+        floats, integers = torch.randn(shape), torch.randint(-128, 128, shape, dtype=torch.int8)
+        return (floats.mT, integers.mT) if swap else (floats, integers)
+
+    (fa, ia), (fb, ib) = operand("a", m, k), operand("b", k, n)
+    ha, hb = fa.bfloat16(), fb.bfloat16()
+    a, b = FixedPoint(ia, 8, -5), FixedPoint(ib, 8, -5)
+    each_a, each_b = (FixedPointBatch(values, 8, torch.randint(-9, -1, (entries,))) for values in (ia, ib))
+    wide_a, wide_b = (FixedPoint(values.to(torch.int16) * 256, 16, -13) for values in (ia, ib))
+    return {
+        "float32": lambda: torch.bmm(fa, fb),
+        "bfloat16": lambda: torch.bmm(ha, hb),
+        "cnmix int8": lambda: kernels.batched_matmul(a, b),
+        "cnmix int8, a position for each entry": lambda: kernels.batched_matmul(each_a, each_b),
+        "cnmix int8, to bfloat16": lambda: kernels.batched_matmul(a, b, dtype=torch.bfloat16),
+        "cnmix int16": lambda: kernels.batched_matmul(wide_a, wide_b),
+    }
+
+
+def quantize_batch_arms(split: bool) -> Arms:
+    """Returns int8 quantization of (32, 8, 128, 64) beside a copy; ``split`` heads lie side by side in a projection."""
+    x, target = torch.randn(32, 8, 128, 64), torch.empty(32, 8, 128, 64)
+    if split:
+        x = torch.randn(32, 128, 3, 8, 64)[:, :, 0].transpose(1, 2)
+    given = torch.full((32, 8), -5)
+    return {
+        "copy": lambda: target.copy_(x),
+        "cnmix, one position, stored": lambda: kernels.quantize_measured(x, 8, -5),
+        "cnmix, one position, from absmax": lambda: kernels.quantize_measured(x, 8, None),
+        "cnmix, by entry, stored": lambda: kernels.quantize_batch(x, 8, given, batch_dims=2),
+        "cnmix, by entry, from absmax": lambda: kernels.quantize_batch(x, 8, batch_dims=2),
+        "cnmix, by entry, and QEM's sums": lambda: kernels.quantize_batch(x, 8, batch_dims=2, measure=True),
+    }
+
+
 def quantize_arms(rows: int, columns: int) -> Arms:
     """Returns int8 quantization of a float32 matrix beside a copy of it."""
     x, target = torch.randn(rows, columns), torch.empty(rows, columns)
@@ -110,6 +157,13 @@ def all_rows() -> dict[str, Callable[[], Arms]]:
     rows["int8 product 2048³"] = lambda: product_arms(2048, 8)
     rows["int16 product 2048³"] = lambda: product_arms(2048, 16)
     rows["int31 product 1024³"] = lambda: product_arms(1024, 31)
+    for shape, transposed, what in BATCHES:
+        name = "batched " + " × ".join(map(str, shape)) + f", {what}"
+        rows[name] = lambda case=(*shape, transposed): batch_arms(*case)
+    for split in (False, True):
+        rows["quantize 32×8×128×64" + (", heads of a projection" if split else "")] = lambda split=split: (
+            quantize_batch_arms(split)
+        )
     rows["quantize 4096×3072"] = lambda: quantize_arms(4096, 3072)
     return rows
 

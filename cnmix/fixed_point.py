@@ -41,6 +41,23 @@ class FixedPoint(NamedTuple):
     finite: bool = True
 
 
+class FixedPointBatch(NamedTuple):
+    """A batch of tensors of one width, each with a position of its own.
+
+    Attributes:
+        values: int8, int16 or int32 tensor (*batch, ...), as in ``FixedPoint``.
+        bits: width of the format: 8, 16 or 31.
+        positions: int64 tensor with as many dimensions as ``batch``, each of its size or 1: the exponent of each
+            entry's step.
+        finite: as in ``FixedPoint``, of the batch as a whole.
+    """
+
+    values: Tensor
+    bits: int
+    positions: Tensor
+    finite: bool = True
+
+
 def storage_dtype(bits: int) -> torch.dtype:
     """Returns the integer dtype that stores values of this width (int8, int16, int32).
 
@@ -91,21 +108,48 @@ def absmax(x: Tensor) -> float:
     return max(-low.item(), high.item()) if not (low.isnan() or high.isnan()) else math.nan
 
 
-def dequantize(x: FixedPoint) -> Tensor:
+def exponents(x: FixedPoint | FixedPointBatch) -> int | Tensor:
+    """Returns the position of an operand, or those of a batch's entries, shaped to broadcast against the values."""
+    if isinstance(x, FixedPoint):
+        return x.position
+    missing = x.values.dim() - x.positions.dim()
+    return x.positions.view(x.positions.shape + (1,) * missing) if missing else x.positions
+
+
+def dequantize(x: FixedPoint | FixedPointBatch) -> Tensor:
     """Returns the float32 values ``q * 2**position``, NaN throughout where the operand was not finite.
 
     Exact for 8 and 16 bits; 31-bit integers round to float32's 24 bits.
     """
     if not x.finite:
         return torch.full_like(x.values, math.nan, dtype=torch.float32)
-    return scale_by_power_of_two(x.values.to(torch.float32), x.position)
+    return scale_by_power_of_two(x.values.to(torch.float32), exponents(x))
 
 
-def scale_by_power_of_two(x: Tensor, exponent: int) -> Tensor:
+def powers_of_two(exponent: Tensor) -> Tensor:
+    """Returns ``2**exponent`` as float64, for integers in [-1022, 1023].
+
+    Put together from the bits of the format: neither torch's pow nor its exp2 promises exact powers.
+    """
+    return (exponent.to(torch.int64) + 1023 << 52).view(torch.float64)
+
+
+def is_float32_exponent(exponent: int | Tensor) -> bool:
+    """Says whether ``2**exponent`` is a normal float32, of a tensor of exponents for each of them."""
+    if not isinstance(exponent, Tensor):
+        return -126 <= exponent <= 127
+    return exponent.numel() == 0 or (int(exponent.min()) >= -126 and int(exponent.max()) <= 127)
+
+
+def scale_by_power_of_two(x: Tensor, exponent: int | Tensor) -> Tensor:
     """Multiplies a float32 tensor by ``2**exponent`` in place, with at most one rounding (into the subnormals).
 
-    Exponents outside float32's own range go through float64, where the product is exact.
+    A tensor of exponents broadcasts against ``x``. Exponents outside float32's own range go through float64, where the
+    product is exact.
     """
-    if -126 <= exponent <= 127:
-        return x.mul_(2.0**exponent) if exponent else x
-    return x.copy_(x.to(torch.float64).mul_(2.0**exponent))
+    if not isinstance(exponent, Tensor) and exponent == 0:
+        return x
+    factor = powers_of_two(exponent) if isinstance(exponent, Tensor) else 2.0**exponent
+    if is_float32_exponent(exponent):
+        return x.mul_(factor.to(torch.float32) if isinstance(factor, Tensor) else factor)
+    return x.copy_(x.to(torch.float64).mul_(factor))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import native, reference
+from .batches import BatchStatistics, batched_matmul, quantize_batch
 from .cpu import (
     convolution,
     convolution_grad_input,
@@ -30,8 +31,10 @@ from .quantization import (
 )
 
 __all__ = [
+    "BatchStatistics",
     "Shares",
     "Statistics",
+    "batched_matmul",
     "channel_sums",
     "checksum",
     "convolution",
@@ -41,6 +44,7 @@ __all__ = [
     "has_channels_last",
     "matmul",
     "quantize",
+    "quantize_batch",
     "quantize_measured",
     "reference",
     "saturated_share",
@@ -61,6 +65,9 @@ def describe() -> dict[str, str]:
         "int16 product": _served(2) or _int16_product(variant.name),
         "int31 product": _served(4)
         or "float64 (normwise error below 1e-14); exact_int31=True multiplies 16-bit halves",
+        "batched product": "the product of its widths, one call for the batch"
+        if _served(1)
+        else "small entries together, int8 in float32 up to K = 1024 and else float64; large ones one by one",
         "convolution": "the product of its widths, over windows"
         + (" read where they lie; depthwise directly" if _served(1) else " gathered into a matrix"),
     }

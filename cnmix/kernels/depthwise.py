@@ -65,7 +65,7 @@ class Depthwise:
         library = native.library()
         if library is None or out.numel() == 0:
             return
-        job = native.Depthwise(
+        job = native.structures.Depthwise(
             self._pixels.data_ptr(),
             other.data_ptr(),
             ctypes.pointer(self._windows),

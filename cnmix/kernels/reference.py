@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fixed_point import FixedPoint, limits, scale_by_power_of_two, storage_dtype
+from ..fixed_point import (
+    FixedPoint,
+    FixedPointBatch,
+    absmax,
+    choose_position,
+    exponents,
+    limits,
+    powers_of_two,
+    scale_by_power_of_two,
+    storage_dtype,
+)
 
 # Constants of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -63,7 +73,7 @@ def uniform(start: int, count: int, seed: int, stream: int) -> Tensor:
 def quantize(
     x: Tensor,
     bits: int,
-    position: int,
+    position: int | Tensor,
     rounding: str = "nearest_even",
     *,
     seed: int = 0,
@@ -75,7 +85,7 @@ def quantize(
     Args:
         x: float tensor of any shape, finite; read as float32.
         bits: 8, 16 or 31.
-        position: exponent of the step, in [-128, 127].
+        position: exponent of the step, in [-128, 127]; a tensor of them broadcasts against ``x``.
         rounding: "nearest_even", "half_up" (towards +infinity), "half_away" (from zero) or "stochastic".
         seed: key of the random numbers for "stochastic", 64 bits.
         stream: which stream of that key, 64 bits; each quantization of an operand takes its own.
@@ -89,7 +99,8 @@ def quantize(
     """
     dtype = storage_dtype(bits)
     # In float64 the scaled value and the sums below are exact, or rounded far from the next integer.
-    scaled = x.to(torch.float32).to(torch.float64) * 2.0**-position
+    per_step = powers_of_two(-position) if isinstance(position, Tensor) else 2.0**-position
+    scaled = x.to(torch.float32).to(torch.float64) * per_step
     if rounding == "nearest_even":
         rounded = scaled.round()
     elif rounding == "half_up":
@@ -103,8 +114,44 @@ def quantize(
     return rounded.clamp_(*limits(bits)).to(dtype)
 
 
+def quantize_batch(
+    x: Tensor,
+    bits: int,
+    positions: Tensor | None = None,
+    rounding: str = "nearest_even",
+    *,
+    batch_dims: int = 1,
+    seed: int = 0,
+    stream: int = 0,
+) -> FixedPointBatch:
+    """Quantizes finite floats (*batch, ...), each entry of the batch at a position of its own.
+
+    Args:
+        x: float tensor, finite; its first ``batch_dims`` dimensions tell the entries apart.
+        bits: 8, 16 or 31.
+        positions: integers that broadcast to ``batch``; None chooses for each entry the one that fits its largest
+            magnitude.
+        rounding: as in ``quantize``; random numbers go by the element's index in the whole batch.
+        batch_dims: how many dimensions ``batch`` has.
+        seed: as in ``quantize``.
+        stream: likewise.
+    """
+    batch = x.shape[:batch_dims]
+    if positions is None:
+        entries = x.to(torch.float32).reshape(math.prod(batch), math.prod(x.shape[batch_dims:]))
+        chosen = [choose_position(absmax(entry), bits) for entry in entries]
+        positions = torch.tensor(chosen, dtype=torch.int64).view(batch)
+    form = FixedPointBatch(x, bits, positions.to(torch.int64).expand(batch))
+    return form._replace(values=quantize(x, bits, exponents(form), rounding, seed=seed, stream=stream))
+
+
 def matmul(a: FixedPoint, b: FixedPoint) -> Tensor:
     """Multiplies matrices: (M, K) by (K, N) gives float32 (M, N)."""
+    return _product(torch.matmul, a, b)
+
+
+def batched_matmul(a: FixedPoint | FixedPointBatch, b: FixedPoint | FixedPointBatch) -> Tensor:
+    """Multiplies a batch of matrices: (*batch, M, K) by (*batch, K, N) gives float32 (*batch, M, N)."""
     return _product(torch.matmul, a, b)
 
 
@@ -218,7 +265,9 @@ def round_to_float32(value: int) -> float:
     return math.copysign(math.ldexp(quotient, excess), value)
 
 
-def _product(sums: Callable[[Tensor, Tensor], Tensor], a: FixedPoint, b: FixedPoint) -> Tensor:
+def _product(
+    sums: Callable[[Tensor, Tensor], Tensor], a: FixedPoint | FixedPointBatch, b: FixedPoint | FixedPointBatch
+) -> Tensor:
     """Evaluates a bilinear integer function exactly, rounds once, scales.
 
     Products of 8 and 16 bits fit int64 for any K. A 31-bit operand is split into ``high * 2**16 + low``; the products
@@ -238,7 +287,7 @@ def _product(sums: Callable[[Tensor, Tensor], Tensor], a: FixedPoint, b: FixedPo
         rounded = torch.tensor([round_to_float32(v) for v in exact], dtype=torch.float32).view(high.shape)
     if not (a.finite and b.finite):
         return torch.full_like(rounded, math.nan)
-    return scale_by_power_of_two(rounded, a.position + b.position)
+    return scale_by_power_of_two(rounded, exponents(a) + exponents(b))
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:

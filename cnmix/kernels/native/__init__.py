@@ -21,12 +21,14 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from .structures import Combine, FloatBatch, FoundStatistics, Windows
+
 # Bytes from which a tensor's memory is kept for the next one: glibc gives such memory back to the system.
 _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 7
+_ABI = 8
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -55,16 +57,6 @@ class Statistics(NamedTuple):
     checksum: int | None = None
 
 
-class _Statistics(ctypes.Structure):
-    _fields_ = [
-        ("absmax", ctypes.c_double),
-        ("checksum", ctypes.c_uint64),
-        ("sum_x", ctypes.c_double),
-        ("sum_q", ctypes.c_int64),
-        ("position", ctypes.c_int32),
-    ]
-
-
 class WindowGeometry(NamedTuple):
     """How the windows lie that a convolution multiplies; one number per spatial dimension each.
 
@@ -88,66 +80,6 @@ class WindowGeometry(NamedTuple):
     def points(self) -> bool:
         """Whether each window is one element, and the next one its neighbour."""
         return not any(self.before) and all(n == 1 for n in (*self.kernel, *self.stride, *self.step))
-
-
-class Windows(ctypes.Structure):
-    """The windows that a convolution multiplies; see windows.h."""
-
-    _fields_ = [
-        ("images", ctypes.c_int64),
-        ("run", ctypes.c_int64),
-        ("pixel", ctypes.c_int64),
-        *((name, ctypes.c_int64 * 3) for name in ("size", "output", "kernel", "stride", "dilation", "before", "step")),
-    ]
-
-
-class Operand(ctypes.Structure):
-    """An integer matrix (rows, K) as it lies in memory; see panels.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("by_k", "digits", "inner", "stride", "outer")),
-        ("windows", ctypes.POINTER(Windows)),
-    ]
-
-
-class Product(ctypes.Structure):
-    """A matrix product with its rounding; see product.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
-        ("a", Operand),
-        ("b", Operand),
-        ("scale", ctypes.c_float),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("out_bytes", "row_stride", "positions", "image_stride")),
-    ]
-
-
-class Depthwise(ctypes.Structure):
-    """A depthwise convolution; see depthwise.cpp."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),
-        ("windows", ctypes.POINTER(Windows)),
-        *((name, ctypes.c_int64) for name in ("channels", "x_bytes", "other_bytes")),
-        ("scale", ctypes.c_float),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    ]
-
-
-class _Combine(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("p16", "p8a", "p8b", "p0", "row", "column")),
-        ("constant", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("bias", "out", "total")),
-    ]
 
 
 @functools.cache
@@ -233,7 +165,7 @@ def quantize(
     A position of None chooses the one that fits. ``channel_dim`` asks for the sums over all other dimensions,
     ``checksum`` for that of the memory.
     """
-    found = _Statistics()
+    found = FoundStatistics()
     sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
     # The stride of a single channel may be anything.
     inner = 1 if channel_dim is None or x.shape[channel_dim] == 1 else x.stride(channel_dim)
@@ -248,7 +180,6 @@ def quantize(
         _ROUNDING[rounding],
         seed & 0xFFFFFFFFFFFFFFFF,
         stream,
-        0,
         measure,
         checksum,
         0 if sums is None else sums.numel(),
@@ -259,6 +190,47 @@ def quantize(
     return Statistics(
         found.absmax, found.position, found.sum_x, found.sum_q, sums, found.checksum if checksum else None
     )
+
+
+def quantize_batch(
+    native: ctypes.CDLL,
+    batch: FloatBatch,
+    out: Tensor,
+    bits: int,
+    positions: Tensor | None,
+    rounding: str,
+    seed: int,
+    stream: int,
+    measure: bool,
+) -> dict[str, Tensor]:
+    """Quantizes each entry of a batch into contiguous ``out``, at the positions given or those that fit.
+
+    Returns:
+        The fields of ``FoundStatistics``, each of shape (entries,).
+    """
+    names = [field[0] for field in FoundStatistics._fields_]
+    found = torch.empty((batch.entries, len(names)), dtype=torch.int64)
+    native.cnmix_quantize_batch(
+        ctypes.byref(batch),
+        out.data_ptr(),
+        bits,
+        None if positions is None else positions.data_ptr(),
+        _ROUNDING[rounding],
+        seed & 0xFFFFFFFFFFFFFFFF,
+        stream,
+        measure,
+        found.data_ptr(),
+    )
+    columns = dict(zip(names, found.t().contiguous(), strict=True))
+    return {name: c.view(torch.float64) if name in ("absmax", "sum_x") else c for name, c in columns.items()}
+
+
+def places(x: Tensor, batch_dims: int) -> Tensor:
+    """Returns where each entry of (*batch, ...) begins, in elements from the first: int64, flat."""
+    total = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(x.shape[:batch_dims], x.stride(), strict=False):
+        total = total.unsqueeze(-1) + torch.arange(size) * stride
+    return total.reshape(-1)
 
 
 def transpose(native: ctypes.CDLL, x: Tensor) -> Tensor:
@@ -348,7 +320,7 @@ def combine(
     if target is None:
         raise ValueError("combine needs out or total")
     pointers = {name: None if part is None else part.data_ptr() for name, part in parts.items()}
-    job = _Combine(*target.shape, constant=constant, scale=scale, **pointers)
+    job = Combine(*target.shape, constant=constant, scale=scale, **pointers)
     job.bias = None if bias is None else bias.data_ptr()
     job.out = None if out is None else out.data_ptr()
     job.total = None if total is None else total.data_ptr()
@@ -360,7 +332,10 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in {
         "cnmix_quantize": [
             *(pointer, whole, pointer, long, whole, whole, whole, whole),
-            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, whole, long, long, pointer, pointer),
+            *(ctypes.c_uint64, ctypes.c_uint64, whole, whole, long, long, pointer, pointer),
+        ],
+        "cnmix_quantize_batch": [
+            *(pointer, pointer, whole, pointer, whole, ctypes.c_uint64, ctypes.c_uint64, whole, pointer),
         ],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],
         "cnmix_gather": [pointer, pointer, pointer],
@@ -379,6 +354,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.cnmix_borrow.argtypes = [long, whole, pointer, pointer, whole, whole]
     native.cnmix_borrow.restype = pointer
     native.cnmix_multiply.argtypes, native.cnmix_multiply.restype = [pointer], whole
+    native.cnmix_multiply_batch.argtypes, native.cnmix_multiply_batch.restype = [pointer], whole
     native.cnmix_multiplies.argtypes, native.cnmix_multiplies.restype = [whole, whole], whole
     native.cnmix_threads.argtypes, native.cnmix_threads.restype = [], whole
     return native

@@ -67,9 +67,10 @@ enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AMX = 4 };
 extern Isa active_isa;
 Isa detect_isa();
 
+// Threads that may be used: one where the caller is one of several.
 inline int max_threads() {
 #if defined(_OPENMP)
-  return omp_get_max_threads();  // torch.set_num_threads sets it: both load the same libgomp
+  return omp_in_parallel() ? 1 : omp_get_max_threads();  // torch.set_num_threads sets it: both load the same libgomp
 #else
   return 1;
 #endif
@@ -94,6 +95,19 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
     if (begin < end) body(begin, end);
   }
 #endif
+}
+
+// Calls body(entry) for each entry of a batch: in parallel, each on one thread, where entries are many or a thread should
+// have `grain` of them; else one after the other, each with all threads.
+template <typename Body>
+void for_entries(int64_t count, int64_t grain, const Body& body) {
+  const auto loop = [&](int64_t begin, int64_t end) {
+    for (int64_t entry = begin; entry < end; ++entry) body(entry);
+  };
+  if (grain > 1 || count >= 4 * max_threads())
+    parallel_for(count, grain, loop);
+  else
+    loop(0, count);
 }
 
 }  // namespace cnmix

@@ -48,14 +48,25 @@ CNMIX_AVX512 void extract_digit(const uint8_t* values, int64_t digits, int64_t d
     _mm512_storeu_si512(out, _mm512_maskz_loadu_epi8(mask, values));
     return;
   }
-  const int shift = static_cast<int>(8 * digit);
-  if (count < 64) _mm512_storeu_si512(out, _mm512_setzero_si512());
+  if (count <= 0) {
+    _mm512_storeu_si512(out, _mm512_setzero_si512());
+    return;
+  }
+  const __m128i shift = _mm_cvtsi64_si128(8 * digit);
   if (digits == 2) {
-    const int16_t* wide = reinterpret_cast<const int16_t*>(values);
-    for (int64_t i = 0; i < 64 && i < count; ++i) out[i] = static_cast<uint8_t>(wide[i] >> shift);
-  } else {
-    const int32_t* wide = reinterpret_cast<const int32_t*>(values);
-    for (int64_t i = 0; i < 64 && i < count; ++i) out[i] = static_cast<uint8_t>(wide[i] >> shift);
+    for (int64_t i = 0; i < 64; i += 32) {
+      const int64_t left = std::max<int64_t>(0, count - i);
+      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+      const __m512i wide = _mm512_maskz_loadu_epi16(mask, values + 2 * i);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi16_epi8(_mm512_srl_epi16(wide, shift)));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < 64; i += 16) {
+    const int64_t left = std::max<int64_t>(0, count - i);
+    const __mmask16 mask = left >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << left) - 1);
+    const __m512i wide = _mm512_maskz_loadu_epi32(mask, values + 4 * i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(_mm512_srl_epi32(wide, shift)));
   }
 }
 

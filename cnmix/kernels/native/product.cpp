@@ -9,20 +9,8 @@
 #include <cstdlib>
 
 #include "avx512.h"
+#include "product.h"
 #include "tiles.h"
-
-// Mirrored by _Product in native/__init__.py.
-struct CnmixProduct {
-  int64_t m, n, k;
-  CnmixOperand a, b;      // rows: m of a, n of b
-  float scale;            // a power of two
-  const float* bias;      // n floats, or null
-  void* out;              // float32, or bfloat16
-  int64_t out_bytes;      // of one value: 4 or 2
-  int64_t row_stride;     // values from one row of the output to the next, where positions is 0
-  int64_t positions;      // else rows are the positions of images: out[row / positions][column][row % positions]
-  int64_t image_stride;   // values from one image to the next
-};
 
 namespace cnmix {
 namespace {
@@ -34,7 +22,6 @@ constexpr int64_t kBlockBytes = 512 << 10;   // of packed a: half of the second-
 constexpr int64_t kColumnBytes = 768 << 10;  // of packed b that one thread goes over again and again
 constexpr int64_t kRightBytes = 16 << 20;    // of packed b
 constexpr int64_t kLongestInt32 = 131071;    // of K: 131072 * 2**14 is 2**31
-constexpr int64_t kOperationsPerThread = 1 << 19;
 constexpr int64_t kMostKept = 64 << 20;      // bytes of sums that a thread keeps
 constexpr int kMostWeights = 7;
 
@@ -351,7 +338,12 @@ void multiply_piece(const Piece& p, int64_t operations) {
   });
 }
 
-// Returns whether there was memory for it.
+#endif
+
+}  // namespace
+
+#if defined(CNMIX_X86)
+
 bool multiply(const CnmixProduct& job) {
   const int64_t digits = std::max(job.a.digits, job.b.digits);
   const int64_t pieces = std::max<int64_t>(1, (job.k * digits + kDepth - 1) / kDepth);
@@ -386,9 +378,12 @@ bool multiply(const CnmixProduct& job) {
   return true;
 }
 
+#else
+
+bool multiply(const CnmixProduct&) { return false; }
+
 #endif
 
-}  // namespace
 }  // namespace cnmix
 
 using namespace cnmix;
@@ -400,11 +395,4 @@ CNMIX_API int cnmix_multiplies(int a_digits, int b_digits) {
 }
 
 // Returns 1, or 0 where memory was missing.
-CNMIX_API int cnmix_multiply(const CnmixProduct* job) {
-#if defined(CNMIX_X86)
-  return multiply(*job);
-#else
-  (void)job;
-  return 0;
-#endif
-}
+CNMIX_API int cnmix_multiply(const CnmixProduct* job) { return multiply(*job); }

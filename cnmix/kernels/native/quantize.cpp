@@ -146,15 +146,29 @@ CNMIX_INLINE void checksum_block_body(const shared_bits* bits, int64_t n, int64_
 }
 CNMIX_DISPATCH(checksum_block, (const shared_bits* bits, int64_t n, int64_t first, uint64_t* sum), (bits, n, first, sum))
 
-// Floats as they lie in memory, float32 or bfloat16, block by block.
+// Floats as they lie in memory, float32 or bfloat16, block by block: in lines of `columns`, `stride` apart, or dense where
+// `columns` is 0.
 struct Source {
   const void* data;
   bool half;
+  int64_t columns = 0, stride = 0;
 
-  // Elements from `at` on, widened into `buffer` where they must be.
+  // Elements from `at` on, brought together or widened in `buffer` where they must be.
   const float* block(int64_t at, int64_t n, float* buffer) const {
-    if (!half) return static_cast<const float*>(data) + at;
-    widen(static_cast<const uint16_t*>(data) + at, n, reinterpret_cast<shared_bits*>(buffer));
+    if (!columns) {
+      if (!half) return static_cast<const float*>(data) + at;
+      widen(static_cast<const uint16_t*>(data) + at, n, reinterpret_cast<shared_bits*>(buffer));
+      return buffer;
+    }
+    int64_t line = at / columns, from = at % columns;
+    for (int64_t done = 0; done < n; ++line, from = 0) {
+      const int64_t count = std::min(n - done, columns - from), place = line * stride + from;
+      if (half)
+        widen(static_cast<const uint16_t*>(data) + place, count, reinterpret_cast<shared_bits*>(buffer + done));
+      else
+        std::memcpy(buffer + done, static_cast<const float*>(data) + place, static_cast<size_t>(count) * 4);
+      done += count;
+    }
     return buffer;
   }
 };
@@ -231,15 +245,24 @@ struct CnmixStatistics {
   uint64_t checksum;  // as cnmix_checksum, where wanted
   double sum_x;       // of |x|, where measured
   int64_t sum_q;      // of |q|, where measured
-  int32_t position;   // the one used
+  int64_t position;   // the one used
 };
 
-// Quantizes n floats, float32 or (x_bytes 2) bfloat16, into `out`, of the width's integer type. With `choose`, the position is the one that fits the largest
-// magnitude; the output is undefined where that is not finite. `channel_sums` may be null.
-CNMIX_API void cnmix_quantize(const void* x, int x_bytes, void* out, int64_t n, int bits, int choose, int position, int rounding,
-                              uint64_t seed, uint64_t stream, int64_t start, int measure, int checksum,
-                              int64_t channels, int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
-  const Source source{x, x_bytes == 2};
+namespace {
+
+// What is asked of a tensor, or of each entry of a batch.
+struct Request {
+  int bits, rounding;
+  uint64_t seed, stream;
+  bool measure, checksum;
+  ChannelSums channels;
+};
+
+// With `choose`, the position is the one that fits the largest magnitude.
+void quantize_one(const Source& source, void* out, int64_t n, int64_t start, bool choose, int64_t given,
+                  const Request& request, CnmixStatistics* statistics) {
+  const int bits = request.bits;
+  int position = static_cast<int>(given);
   if (choose) {
     const float largest = from_bits(absmax_all(source, n));
     int exponent = 0;
@@ -249,18 +272,53 @@ CNMIX_API void cnmix_quantize(const void* x, int x_bytes, void* out, int64_t n, 
       position = std::min(std::max(exponent - 1 - (bits - 2), -128), 127);
     }
   }
-  const Format f = make_format(bits, position, rounding, seed, stream);
+  const Format f = make_format(bits, position, request.rounding, request.seed, request.stream);
   statistics->checksum = 0;
-  const ChannelSums wanted{channels, inner, channel_sums};
   const auto quantize_to = [&](auto* to) {
-    return quantize_all(source, to, n, start, f, measure != 0, wanted, &statistics->sum_x, &statistics->sum_q,
-                        checksum ? &statistics->checksum : nullptr);
+    return quantize_all(source, to, n, start, f, request.measure, request.channels, &statistics->sum_x,
+                        &statistics->sum_q, request.checksum ? &statistics->checksum : nullptr);
   };
   const uint32_t most = bits == 8    ? quantize_to(static_cast<int8_t*>(out))
                         : bits == 16 ? quantize_to(static_cast<int16_t*>(out))
                                      : quantize_to(static_cast<int32_t*>(out));
   statistics->absmax = from_bits(most);
   statistics->position = position;
+}
+
+}  // namespace
+
+// Quantizes n floats, float32 or (x_bytes 2) bfloat16, into `out`, of the width's integer type. With `choose`, the position
+// is the one that fits; the output is undefined where the largest magnitude is not finite. `channel_sums` may be null.
+CNMIX_API void cnmix_quantize(const void* x, int x_bytes, void* out, int64_t n, int bits, int choose, int position,
+                              int rounding, uint64_t seed, uint64_t stream, int measure, int checksum, int64_t channels,
+                              int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
+  const Request request{bits, rounding, seed, stream, measure != 0, checksum != 0, {channels, inner, channel_sums}};
+  quantize_one({x, x_bytes == 2}, out, n, 0, choose != 0, position, request, statistics);
+}
+
+// A batch of tensors, as they lie in memory. Mirrored by _FloatBatch in native/__init__.py.
+struct CnmixFloatBatch {
+  const void* data;
+  int64_t bytes;          // of one value: 4 float32, 2 bfloat16
+  int64_t entries;
+  const int64_t* places;  // of each entry, in values from `data`
+  int64_t rows, columns;  // of an entry
+  int64_t stride;         // values from one row to the next
+};
+
+// The same for each entry at a position of its own, given or (null) chosen. The integers lie one behind the other, and
+// random numbers go on from one entry to the next.
+CNMIX_API void cnmix_quantize_batch(const CnmixFloatBatch* x, void* out, int bits, const int64_t* positions, int rounding,
+                                    uint64_t seed, uint64_t stream, int measure, CnmixStatistics* statistics) {
+  const Request request{bits, rounding, seed, stream, measure != 0, false, {}};
+  const int64_t n = x->rows * x->columns, out_bytes = bits == 8 ? 1 : bits == 16 ? 2 : 4;
+  const int64_t columns = x->rows == 1 || x->stride == x->columns ? 0 : x->columns;
+  for_entries(x->entries, kGrain * kBlock / std::max<int64_t>(1, n) + 1, [&](int64_t entry) {
+    const Source source{static_cast<const char*>(x->data) + x->places[entry] * x->bytes, x->bytes == 2, columns,
+                        x->stride};
+    quantize_one(source, static_cast<char*>(out) + entry * n * out_bytes, n, entry * n, !positions,
+                 positions ? positions[entry] : 0, request, statistics + entry);
+  });
 }
 
 // A sum of the bits that any single change, and any change of order, alters: bits[i] * (2 i + 1) modulo 2**64.

@@ -1,0 +1,100 @@
+"""The structures that the compiled part takes, as it declares them."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class FoundStatistics(ctypes.Structure):
+    """What quantization found; see quantize.cpp. Every field has eight bytes."""
+
+    _fields_ = [
+        ("absmax", ctypes.c_double),
+        ("checksum", ctypes.c_uint64),
+        ("sum_x", ctypes.c_double),
+        ("sum_q", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+    ]
+
+
+class FloatBatch(ctypes.Structure):
+    """A batch of float tensors as they lie in memory; see quantize.cpp."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "entries")),
+        ("places", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "stride")),
+    ]
+
+
+class Windows(ctypes.Structure):
+    """The windows that a convolution multiplies; see windows.h."""
+
+    _fields_ = [
+        ("images", ctypes.c_int64),
+        ("run", ctypes.c_int64),
+        ("pixel", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 3) for name in ("size", "output", "kernel", "stride", "dilation", "before", "step")),
+    ]
+
+
+class Operand(ctypes.Structure):
+    """An integer matrix (rows, K) as it lies in memory; see panels.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("by_k", "digits", "inner", "stride", "outer")),
+        ("windows", ctypes.POINTER(Windows)),
+    ]
+
+
+class Product(ctypes.Structure):
+    """A matrix product with its rounding; see product.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
+        ("a", Operand),
+        ("b", Operand),
+        ("scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_bytes", "row_stride", "positions", "image_stride")),
+    ]
+
+
+class ProductBatch(ctypes.Structure):
+    """Matrix products of a batch; see batch.cpp."""
+
+    _fields_ = [
+        ("first", Product),
+        ("entries", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("a_places", "b_places", "scales")),
+    ]
+
+
+class Depthwise(ctypes.Structure):
+    """A depthwise convolution; see depthwise.cpp."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("windows", ctypes.POINTER(Windows)),
+        *((name, ctypes.c_int64) for name in ("channels", "x_bytes", "other_bytes")),
+        ("scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+class Combine(ctypes.Structure):
+    """Products of digits to put together; see digits.cpp."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("p16", "p8a", "p8b", "p0", "row", "column")),
+        ("constant", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "total")),
+    ]
