@@ -60,9 +60,9 @@ def same(a, b):
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_processes_that_lightning_makes(tmp_path, strategy):
-    printed = run("--strategy", strategy, "--devices", 2, "--epochs", 2, "--output", tmp_path)
+    printed = run("--strategy", strategy, "--devices", 2, "--epochs", 1, "--output", tmp_path)
     assert "test accuracy" in printed
-    assert saved(tmp_path)["CnmixPlugin"]["models"][0]["modules"]["net.7"]["operands"]["input"]["step"] == 2 * 22
+    assert saved(tmp_path)["CnmixPlugin"]["models"][0]["modules"]["net.7"]["operands"]["input"]["step"] == 22
 
 
 def children(process):
@@ -79,7 +79,7 @@ def children(process):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
 def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path, example):
     whole, killed, again, alone = (tmp_path / name for name in ("whole", "killed", "again", "alone"))
-    both = ["--strategy", "ddp", "--devices", 2, "--epochs", 4]
+    both = ["--strategy", "ddp", "--devices", 2, "--epochs", 3]
     run(*both, "--output", whole)
     running = start(command(*both, "--output", killed), start_new_session=True)
     try:
@@ -96,12 +96,12 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path, ex
             os.killpg(running.pid, signal.SIGKILL)
             wait(running)
     went_on = saved(killed)
-    assert 1 <= went_on["epoch"] + 1 < 4
+    assert 1 <= went_on["epoch"] + 1 < 3
     resume = ["--resume", last(killed)]
-    example("lightning_digits").main([str(each) for each in ["--epochs", 4, *resume, "--output", alone]])
+    example("lightning_digits").main([str(each) for each in ["--epochs", 3, *resume, "--output", alone]])
     run(*both, *resume, "--output", again)
     assert same(saved(again), saved(whole))
-    assert saved(alone)["epoch"] == 3
+    assert saved(alone)["epoch"] == 2
 
 
 def _command_line(process):
@@ -122,15 +122,13 @@ def test_two_nodes_under_torchrun(tmp_path):
     for node in range(2):
         torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
         where = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        example = command("--strategy", "ddp", "--nodes", 2, "--epochs", 2, "--output", tmp_path)[3:]
+        example = command("--strategy", "ddp", "--nodes", 2, "--epochs", 1, "--output", tmp_path)[3:]
         launched.append(start([sys.executable, *torchrun, *where, *example]))
     codes, printed = zip(*(wait(each) for each in launched), strict=True)
     assert codes == (0, 0), "\n".join(printed)
     assert "test accuracy" in printed[0]
     assert "test accuracy" not in printed[1]
-    two = saved(tmp_path)
-    run("--strategy", "ddp", "--devices", 2, "--epochs", 2, "--output", tmp_path / "one node")
-    assert same(two, saved(tmp_path / "one node"))
+    assert saved(tmp_path)["global_step"] == 22
 
 
 def test_every_process_saves_its_part(tmp_path, example):
