@@ -76,6 +76,7 @@ def children(process):
     return found
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of folders and workers
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
 def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path, example):
     whole, killed, again, alone = (tmp_path / name for name in ("whole", "killed", "again", "alone"))
