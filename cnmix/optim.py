@@ -60,7 +60,7 @@ class LossScaler:
         if not gradients:
             return
         if self.scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / self.scale)
+            torch._foreach_mul_(_local_parts(gradients), 1.0 / self.scale)
         if self.dynamic and look_for_overflow:
             self.pending = True
             self.overflow |= not _are_finite(gradients)
@@ -109,17 +109,32 @@ class LossScaler:
 
 def _are_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether all elements are finite; of gradients that ``fully_shard`` has split, in every process."""
-    sharded = [gradient for gradient in gradients if hasattr(gradient, "device_mesh")]
-    local: list[Tensor] = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    local = _local_parts(gradients)
     # One non-finite element makes the sum of the norms non-finite; so does the square of a very large one.
     total = torch.stack([norm.double() for norm in torch._foreach_norm(local)]).sum()
     finite = math.isfinite(total.item()) or all(bool(gradient.isfinite().all()) for gradient in local)
-    for mesh in {gradient.device_mesh for gradient in sharded}:
-        found = torch.tensor(float(finite), device=local[0].device)
+    return _in_every_process(gradients, [finite])[0]
+
+
+def which_are_finite(gradients: Sequence[Tensor]) -> list[bool]:
+    """Says of each gradient whether its elements are finite, in every process that has a part of it."""
+    return _in_every_process(gradients, [bool(each.isfinite().all()) for each in _local_parts(gradients)])
+
+
+def _local_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
+    return [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+
+
+def _in_every_process(gradients: Sequence[Tensor], flags: list[bool]) -> list[bool]:
+    """Returns what is true in all processes that the gradients are shared out among."""
+    meshes = {gradient.device_mesh for gradient in gradients if hasattr(gradient, "device_mesh")}
+    if not meshes:
+        return flags
+    found = torch.tensor(flags, dtype=torch.float32, device=_local_parts(gradients)[0].device)
+    for mesh in meshes:
         for dimension in range(mesh.ndim):
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, mesh.get_group(dimension))
-        finite = bool(found)
-    return finite
+    return [bool(flag) for flag in found.tolist()]
 
 
 def check_scalers(scalers: Sequence[LossScaler], states: Any) -> None:

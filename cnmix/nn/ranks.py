@@ -269,6 +269,21 @@ def fully_sharded_modules(model: nn.Module) -> set[nn.Module]:
     return {each._module_info.module for group in groups for each in group.fsdp_params if not each.is_dtensor}
 
 
+def resting_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the model's parameters as they are outside of its passes, each once.
+
+    In between ``fully_shard`` puts whole ones in the place of the parts that have gradients and that optimizers know.
+    """
+    groups = [group for module in model.modules() for group in parameter_groups(module)]
+    parts = {
+        id(each._unsharded_param): each.sharded_param
+        for group in groups
+        for each in group.fsdp_params
+        if hasattr(each, "_unsharded_param")
+    }
+    return list(dict.fromkeys(parts.get(id(parameter), parameter) for parameter in model.parameters()))
+
+
 def is_fully_sharded(kind: type) -> bool:
     """Whether this is a class that ``fully_shard`` made."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was not imported, nothing is sharded

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim import LossScaler, gradients_at, step_unless_overflow
+from ..optim import LossScaler, gradients_at, step_unless_overflow, which_are_finite
 
 
 class PluginScale:
@@ -41,7 +41,7 @@ class PluginScale:
 
         Args:
             loss: scalar float tensor.
-            parameters: all that the backward pass may reach.
+            parameters: all that the backward pass may reach; of those that ``fully_shard`` has split, the parts.
         """
         scale = self.scaler.scale
         # What has no gradient any more was reached by a loss that was not for its optimizer (a generator's, say).
@@ -53,7 +53,9 @@ class PluginScale:
         finally:
             self.scaler.unscale(gradients_at(parameters))
             if self.scaler.overflow:
-                self._overflowed.update(each for each in parameters if not _is_finite(each))
+                reached = [parameter for parameter in parameters if parameter.grad is not None]
+                finite = which_are_finite([parameter.grad for parameter in reached if parameter.grad is not None])
+                self._overflowed.update(each for each, fine in zip(reached, finite, strict=True) if not fine)
 
     def step(
         self,
@@ -113,10 +115,6 @@ class PluginScale:
         """Says whether there was an overflow in the gradients of the optimizer that steps now."""
         self.scaler.overflow = not self._overflowed.isdisjoint(own)
         self._overflowed -= own
-
-
-def _is_finite(parameter: Tensor) -> bool:
-    return all(bool(gradient.isfinite().all()) for gradient in gradients_at([parameter]))
 
 
 def _parameters_of(optimizer: Any) -> set[Tensor]:

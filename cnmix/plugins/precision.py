@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import logging
 import math
 import os
@@ -18,8 +20,10 @@ from torch.nn import Module
 from .. import state
 from ..amp import initialize
 from ..checkpoint import find_state
+from ..config import QuantizeConfig, check_names
 from ..nn import quantized_modules
 from ..nn.half import frame
+from ..nn.ranks import resting_parameters
 from ..registry import unwrap
 from ..rules import Rule, RuleBook, leave_out, parse_rules
 from ..strategies import find_level
@@ -41,6 +45,18 @@ class _Explained(type):
 
     def __str__(cls) -> str:
         return f"the class {cls.__name__} (write {cls.__name__}(), an instance)"
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Makes a plugin; refuses an argument that there is not, with what to write instead."""
+        names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]  # type: ignore[misc]
+        for name in kwargs:
+            if name in {field.name for field in dataclasses.fields(QuantizeConfig)}.difference(names):
+                raise TypeError(f"{cls.__name__} takes {name} among its settings: settings={{{name!r}: ...}}")
+        try:
+            check_names(kwargs, names, f"argument of {cls.__name__}:")
+        except ValueError as error:
+            raise TypeError(str(error)) from None
+        return super().__call__(*args, **kwargs)
 
 
 class FixedPointPrecision(metaclass=_Explained):
@@ -88,6 +104,9 @@ class FixedPointPrecision(metaclass=_Explained):
         excluded, recipe_rules = section.pop("exclude", ()), section.pop("rules", ())
         recipe_dtype = section.pop("activation_dtype", None)
         given = {"bitwidth": bitwidth, "max_bitwidth": max_bitwidth, "steps_per_epoch": steps_per_epoch}
+        twice = [name for name, value in given.items() if value is not None and name in (settings or {})]
+        if twice:
+            raise ValueError(f"{twice[0]} is given by itself and in settings: give it once")
         given.update(settings or {})
         self.settings = {**section, **{name: value for name, value in given.items() if value is not None}}
         self.rules = (
@@ -121,7 +140,7 @@ class FixedPointPrecision(metaclass=_Explained):
     def __str__(self) -> str:
         own = _import_line(type(self))
         others = "; ".join(f"for {host}: {line}" for host, line in _IMPORTS.items() if line != own)
-        return f"{self!r}, without precision=, with strategy 'auto' or 'ddp' ({others})"
+        return f"{self!r}, without precision=, whose FSDP is strategy=ModelParallelStrategy(...), not 'fsdp' ({others})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_modules": []}  # a copy converts modules of its own
@@ -239,7 +258,7 @@ class FixedPointPrecision(metaclass=_Explained):
                 yield module
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for module in self._live_modules() for parameter in module.parameters()]
+        return [parameter for module in self._live_modules() for parameter in resting_parameters(module)]
 
 
 class FixedPointTrainerPrecision(FixedPointPrecision):

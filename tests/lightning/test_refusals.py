@@ -87,7 +87,10 @@ def test_two_plugins(host, tmp_path):
 
 
 def test_fully_sharded(host):
-    words = ("The FSDP strategy can only work with the `FSDPPrecision` plugin", "with strategy 'auto' or 'ddp'")
+    words = (
+        "The FSDP strategy can only work with the `FSDPPrecision` plugin",
+        "its FSDP is strategy=ModelParallelStrategy(...), not 'fsdp'",
+    )
     refused(lambda: host.pl.strategies.FSDPStrategy(precision_plugin=host.Plugin()), *words)
     refused(lambda: host.fabric.strategies.FSDPStrategy(precision=host.FabricPlugin()), *words)
 
@@ -107,3 +110,20 @@ def test_plugin_is_true(host):
     assert bool(host.FabricPlugin())
     assert host.Plugin.precision == host.FabricPlugin.precision == "32-true"
     assert host.Plugin.__qualname__ == "CnmixPlugin"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"opt_lvl": "O1"}, "unknown argument of CnmixPlugin: 'opt_lvl': did you mean 'opt_level'"),
+        ({"rounding": "stochastic"}, "CnmixPlugin takes rounding among its settings: settings={'rounding': ...}"),
+    ],
+)
+def test_unknown_arguments(host, arguments, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        host.Plugin(**arguments)
+
+
+def test_an_argument_given_twice(host):
+    with pytest.raises(ValueError, match="bitwidth is given by itself and in settings: give it once"):
+        host.Plugin(bitwidth=8, settings={"bitwidth": 16})

@@ -186,3 +186,54 @@ def test_a_parametrization_is_computed_once_in_a_forward_pass():
     plain(torch.ones(2, 8))
     ours, theirs = dict(model.named_buffers()), dict(plain.named_buffers())
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def scaled_by_a_plugin(rank, scale, wrap, bad):
+    """Takes Lightning's plugin through steps by its hooks, as Fabric calls them."""
+    from cnmix.lightning import FabricCnmixPlugin
+
+    registry.models.clear()
+    torch.manual_seed(0)
+    model = Blocks()
+    for part in (model.first, *model.blocks) if wrap != "root" else ():
+        fully_shard(part)
+    if wrap != "parts":
+        fully_shard(model)
+    plugin = FabricCnmixPlugin("O1", loss_scale=scale, settings=INTERVALS)
+    plugin.convert_module(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for seed in range(4):
+        for micro in range(2):
+            x, y = batch(10 * seed + 2 * micro + rank)
+            plugin.backward(F.cross_entropy(model(x), y), model)
+        if seed == 2 and rank == bad:
+            model.first.weight.grad.to_local()[0, 0] = float("inf")
+        if seed == 2 and bad is not None:  # which the next backward pass finds
+            x, y = batch(90 + rank)
+            plugin.backward(F.cross_entropy(model(x), y), model)
+        plugin.optimizer_step(optimizer)
+        optimizer.zero_grad()
+    weights = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+    }
+    scalers = plugin.state_dict()["loss_scalers"]
+    return weights, scalers[0][0]["scale"] if scalers else scale
+
+
+@pytest.mark.parametrize("wrap", ["whole", "root", "parts"])
+def test_the_loss_scale_of_a_plugin(processes, wrap):
+    plain, scaled = (
+        processes.run(scaled_by_a_plugin, 1.0, wrap, None),
+        processes.run(scaled_by_a_plugin, 2.0**10, wrap, None),
+    )
+    assert all(torch.equal(plain[0][0][name], scaled[0][0][name]) for name in plain[0][0])
+    assert all(torch.isfinite(value).all() for value in plain[0][0].values())
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_overflow_in_one_process_skips_the_plugins_step_in_all(processes, bad):
+    first, second = processes.run(scaled_by_a_plugin, "dynamic", "whole", bad)
+    assert first[1] == second[1] == 2.0**15
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    assert all(torch.isfinite(value).all() for value in first[0].values())
