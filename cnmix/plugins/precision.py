@@ -140,7 +140,7 @@ class FixedPointPrecision(metaclass=_Explained):
     def __str__(self) -> str:
         own = _import_line(type(self))
         others = "; ".join(f"for {host}: {line}" for host, line in _IMPORTS.items() if line != own)
-        return f"{self!r}, without precision=, whose FSDP is strategy=ModelParallelStrategy(...), not 'fsdp' ({others})"
+        return f"{self!r}, without precision=, and for FSDP with ModelParallelStrategy in place of 'fsdp' ({others})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_modules": []}  # a copy converts modules of its own

@@ -89,7 +89,7 @@ def test_two_plugins(host, tmp_path):
 def test_fully_sharded(host):
     words = (
         "The FSDP strategy can only work with the `FSDPPrecision` plugin",
-        "its FSDP is strategy=ModelParallelStrategy(...), not 'fsdp'",
+        "for FSDP with ModelParallelStrategy in place of 'fsdp'",
     )
     refused(lambda: host.pl.strategies.FSDPStrategy(precision_plugin=host.Plugin()), *words)
     refused(lambda: host.fabric.strategies.FSDPStrategy(precision=host.FabricPlugin()), *words)
