@@ -342,6 +342,7 @@ class ModuleQuantizers:
             quantizer.load_state_dict(state["operands"][name])
         self._weight_integers = None
         self._drawn = state["drawn_weight"]
+        self.ranks.states_were_loaded()
 
     def follow(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``state_dict`` returned in another process that trains the same model."""

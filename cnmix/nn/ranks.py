@@ -79,6 +79,10 @@ class Ranks:
         self._chosen = group or self._chosen
         self._searched = False
 
+    def states_were_loaded(self) -> None:
+        """Has this round end with a decision, before which nobody knows how many rounds the new states are to last."""
+        self._next_collective = self._rounds.present
+
     def forward_begins(self, member: ModuleQuantizers) -> None:
         """Is called before a module quantizes for a training step."""
         if not dist.is_available() or not dist.is_initialized():

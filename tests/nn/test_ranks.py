@@ -332,3 +332,23 @@ def joined(rank):
 
 def test_uneven_inputs_are_refused(processes):
     processes.run(joined)
+
+
+def loaded_in_between(rank, state):
+    model, optimizer = build(mode="fixed_interval", interval=5)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, [batch(2 * seed + rank) for seed in range(3)])
+    cnmix.load_state_dict(state, model)
+    with Collectives() as collectives:
+        train(wrapped, optimizer, [batch(20 + 2 * seed + rank) for seed in range(7)])
+    return cnmix.state_dict(model), collectives.count
+
+
+def test_a_state_that_every_process_loads_in_between(processes):
+    model, optimizer = build(mode="fixed_interval", interval=5)
+    train(model, optimizer, [batch(seed) for seed in range(5)])  # the next step measures
+    first, second = processes.run(loaded_in_between, cnmix.state_dict(model))
+    assert first == second
+    operands = first[0]["models"][0]["modules"]["fc1"]["operands"]
+    assert {operand["updates"] for operand in operands.values()} == {3}
+    assert first[1] == 2
