@@ -1,4 +1,4 @@
-"""Converts a model's Linear and convolution modules in place."""
+"""Converts a model's modules that multiply by weights, in place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
+from .base import NO_TENSOR_PARALLELISM, QuantizedModule, is_distributed
 from .half import use_float32
-from .modules import NO_TENSOR_PARALLELISM, QUANTIZED_CLASSES, QuantizedModule, is_distributed
+from .modules import QUANTIZED_CLASSES
+from .places import attach, detach, product_name, quantizer_sets, quantizers_of
 from .quantizers import LatestInput, ModuleQuantizers
 from .ranks import Ranks, fully_sharded_modules, is_fully_sharded
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
-    """Makes every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the model compute in fixed point, in place.
+    """Makes every module of the model whose class ``QUANTIZED_CLASSES`` has compute in fixed point, in place.
 
     Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
     are left as they are. A parametrized module (weight norm, spectral norm) quantizes the weight that its
@@ -38,13 +40,16 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     """
     planned = plan(model, config, rules)
     latest_input = LatestInput()
-    ranks = next((module.quantizers.ranks for _, module in quantized_modules(model)), None) or Ranks(model)
+    ranks = next((quantizers.ranks for _, quantizers in quantizer_sets(model)), None) or Ranks(model)
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
         converted = QUANTIZED_CLASSES[plain_class(module)]
-        # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         name = fqn or type(module).__name__
-        module.__dict__["quantizers"] = ModuleQuantizers(configs, converted.product, name, latest_input, ranks)
+        by_place = {
+            place: ModuleQuantizers(configs, converted.product, product_name(name, place), latest_input, ranks)
+            for place in converted.places(module)
+        }
+        attach(module, by_place)
         _set_class(module, converted)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
@@ -65,8 +70,9 @@ def plan(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -
 
 def name_modules(model: nn.Module) -> None:
     """Tells converted modules their present names, which messages use."""
-    for fqn, module in quantized_modules(model):
-        module.quantizers.fqn = fqn or plain_class(module).__name__.removeprefix("Quantized")
+    for fqn, module in model.named_modules():
+        for place, quantizers in quantizers_of(module):
+            quantizers.fqn = product_name(fqn or plain_class(module).__name__.removeprefix("Quantized"), place)
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -79,13 +85,23 @@ def revert(model: nn.Module) -> list[str]:
     plain_classes: dict[type[nn.Module], type[nn.Module]] = {ours: plain for plain, ours in QUANTIZED_CLASSES.items()}
     for module in found.values():
         _set_class(module, plain_classes[plain_class(module)])
-        del module.__dict__["quantizers"]
+        detach(module)
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             relu = layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU)
             gelu = layer.activation is nn.functional.gelu or isinstance(layer.activation, nn.GELU)
             layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
     return list(found)
+
+
+def convertible_products(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
+    """Returns the names of the products of ``convertible_modules``, and raises as that does."""
+    found = convertible_modules(model, rules)
+    return [
+        product_name(fqn, place)
+        for fqn, module in found.items()
+        for place in QUANTIZED_CLASSES[plain_class(module)].places(module)
+    ]
 
 
 def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[str, nn.Module]:
@@ -152,7 +168,8 @@ def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) 
             raise ValueError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
         if isinstance(module, LazyModuleMixin):
             raise ValueError(f"{fqn!r} is a {type(module).__name__} without weights yet: run one forward pass first")
-        dtype = _weight_dtype(module)
+        names = QUANTIZED_CLASSES[plain_class(module)].places(module).values()
+        dtype = next((each for name in names if (each := _weight_dtype(module, name)) != torch.float32), torch.float32)
         if dtype != torch.float32:
             raise ValueError(
                 f"the weight of {fqn!r} has dtype {dtype}, and this level trains float32 "
@@ -160,12 +177,12 @@ def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) 
             )
 
 
-def _weight_dtype(module: nn.Module) -> torch.dtype | None:
-    if is_parametrized(module, "weight"):  # reading the weight would compute it, which moves spectral norm's buffers
-        behind = module.parametrizations["weight"]._parameters.values()  # type: ignore[index, union-attr]
+def _weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    if is_parametrized(module, name):  # reading the weight would compute it, which moves spectral norm's buffers
+        behind = module.parametrizations[name]._parameters.values()  # type: ignore[index, union-attr]
         dtypes = {each.dtype for each in behind if each is not None and each.is_floating_point()}
         return next(iter(dtypes - {torch.float32}), torch.float32)
-    return getattr(module.weight, "dtype", None)
+    return getattr(getattr(module, name), "dtype", None)
 
 
 def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:

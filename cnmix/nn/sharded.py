@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import kernels
 from ..fixed_point import FixedPoint, dequantize
-from .modules import QuantizedModule
+from .base import QuantizedModule
 from .ranks import parameter_groups
 
 

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from .. import state
 from ..amp import initialize
-from ..nn import quantized_modules
+from ..nn import module_name, quantizer_sets
 from ..nn.half import frame
 from ..rules import Rule, RuleBook, leave_out, parse_rules
 from ..strategies import find_level
@@ -204,9 +204,9 @@ class FixedPointPrecision(metaclass=_Explained):
     def _tell_steps(self, model: Module, steps: int) -> None:
         book = RuleBook(model, self.rules)
         config = find_level(self.opt_level).configure({**self.settings, "steps_per_epoch": steps})
-        for _, module in quantized_modules(model):
-            chosen = book.configure(module, config)["input"].steps_per_epoch
-            module.quantizers.change_settings(steps_per_epoch=chosen)
+        for name, quantizers in quantizer_sets(model):
+            chosen = book.configure(model.get_submodule(module_name(name)), config)["input"].steps_per_epoch
+            quantizers.change_settings(steps_per_epoch=chosen)
 
     def _load_module(self, module: Module, saved: dict[str, Any]) -> None:
         quantizes = find_level(self.opt_level).quantizes

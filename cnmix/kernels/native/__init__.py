@@ -227,11 +227,12 @@ def quantize(
     measure: bool,
     channel_dim: int | None = None,
     checksum: bool = False,
+    start: int = 0,
 ) -> Statistics:
     """Quantizes dense float32 or bfloat16 memory into ``out`` of the same layout.
 
     A position of None chooses the one that fits. ``channel_dim`` asks for the sums over all other dimensions,
-    ``checksum`` for that of the memory.
+    ``checksum`` for that of the memory; ``start`` is the index of the first element in the stream.
     """
     found = _Statistics()
     sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
@@ -248,7 +249,7 @@ def quantize(
         _ROUNDING[rounding],
         seed & 0xFFFFFFFFFFFFFFFF,
         stream,
-        0,
+        start,
         measure,
         checksum,
         0 if sums is None else sums.numel(),
