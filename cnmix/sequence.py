@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor
 
 from .adaptive import OperandQuantizer
 from .fixed_point import FixedPoint, storage_dtype
+from .kernels import native
 
 
 class SequenceQuantizer:
@@ -51,7 +51,7 @@ class SequenceQuantizer:
         quantized = self._quantizer.repeated(x, self._bits, self._position, self._stream, start, self._training)
         if not self._fits_each:
             if self._integers is None:
-                self._integers = torch.empty(self._shape, dtype=storage_dtype(self._bits))
+                self._integers = native.empty(self._shape, storage_dtype(self._bits))
             self._integers[row : row + x.shape[0]] = quantized.values
             self._finite &= quantized.finite
         return quantized

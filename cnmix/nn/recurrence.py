@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..fixed_point import FixedPoint
+from ..kernels import native
 from ..sequence import SequenceQuantizer
 from .gates import Gates
 from .quantizers import ModuleQuantizers
@@ -109,20 +110,20 @@ class _Recurrence(torch.autograd.Function):
         hiddens, qw_hidden = layer.hidden.quantize_sequence(rows, h_0.shape[1], w_hidden, layer.training)
         h = h_0.to(torch.float32, copy=True)
         c = h.new_empty((h.shape[0], 0)) if c_0 is None else c_0.to(torch.float32, copy=True)
-        y = torch.empty((rows, h.shape[1]))
-        kept = torch.empty((rows, layer.gates.kept * size)) if layer.keep else None
+        y = _empty(rows, h.shape[1])
+        kept = _empty(rows, layer.gates.kept * size) if layer.keep else None
         needs_whole = layer.keep or layer.training
-        before = torch.empty_like(y) if needs_whole and hiddens.wants_whole else None
+        before = _empty(rows, h.shape[1]) if needs_whole and hiddens.wants_whole else None
         if layer.projection is not None and w_projection is not None:
             projections, qw_projection = layer.projection.quantize_sequence(rows, size, w_projection, layer.training)
-            wide = torch.empty((rows, size)) if needs_whole and projections.wants_whole else None
+            wide = _empty(rows, size) if needs_whole and projections.wants_whole else None
         for start, count in layer.steps():
             place = slice(start, start + count)
             state = h[:count]
             if before is not None:
                 before[place] = state
             recurrent = _multiply_gates(hiddens(state, start), qw_hidden, b_hidden, layer)
-            out = y[place] if layer.projection is None else torch.empty((count, size))
+            out = y[place] if layer.projection is None else _empty(count, size)
             layer.gates.forward(gates[place], recurrent, state, c[:count], None if kept is None else kept[place], out)
             if layer.projection is not None:
                 if wide is not None:
@@ -164,13 +165,13 @@ class _Recurrence(torch.autograd.Function):
         h_size = size if qw_projection is None else qw_projection.values.shape[0]
         dh = torch.zeros((batch, h_size)) if grad_h is None else grad_h.to(torch.float32, copy=True)
         dc = torch.zeros((batch, size)) if grad_c is None else grad_c.to(torch.float32, copy=True)
-        d_input = torch.empty_like(gates)
-        d_hidden = d_input if layer.gates.shared else torch.empty_like(gates)
+        d_input = _empty(rows, width)
+        d_hidden = d_input if layer.gates.shared else _empty(rows, width)
         exact = layer.hidden.config.exact_int31
         gradients = SequenceQuantizer(layer.hidden.grad_output, rows, width, training, training)
         if layer.projection is not None:
             outer = SequenceQuantizer(layer.projection.grad_output, rows, h_size, training, training)
-            d_projection = torch.empty((rows, h_size)) if outer.wants_whole else None
+            d_projection = _empty(rows, h_size) if outer.wants_whole else None
         for start, count in reversed(steps):
             place = slice(start, start + count)
             gradient = dh[:count]
@@ -253,6 +254,10 @@ def _weight_gradient(gradient: FixedPoint, x: FixedPoint, layer: Layer) -> Tenso
         for values in gradient.values.chunk(layer.gates.number, 1)
     ]
     return torch.cat(parts)
+
+
+def _empty(rows: int, columns: int) -> Tensor:
+    return native.empty((rows, columns), torch.float32)
 
 
 def _transposed(x: FixedPoint) -> FixedPoint:
