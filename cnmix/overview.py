@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from .nn import quantized_modules
+from .nn import QUANTIZED_CLASSES, QuantizedModule, product_name, quantizer_sets
 from .nn.convert import is_convertible, plain_class
-from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
 from .registry import registry, unwrap
 from .rules import RuleBook
 from .tables import format_table
@@ -24,14 +24,14 @@ _UNCONVERTED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One module that multiplies.
+    """One product of a module that multiplies.
 
     Attributes:
-        fqn: fully qualified name.
+        fqn: fully qualified name of the module; with the place, as ``lstm..l0.input``, where it has several products.
         kind: class of the module, as in the plain model.
         product: "matmul" or "convolution", "" where neither is known of its class.
         weight: shape of its weight, where it has one.
-        shapes: of input and output in the last call of one forward pass; None where it was not seen in one.
+        shapes: of the module's input and output in the last call of one forward pass; None where none was seen.
         widths: of input, weight and grad_output; None where it stayed float.
         macs: multiply-accumulates of one forward pass; None where it was not seen in one.
         reason: why it stayed float, or "".
@@ -93,31 +93,41 @@ def summary(model: nn.Module, *example: Any) -> Summary:
     }
     macs: dict[str, int] = {}
     seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    # The weights' shapes, None for a module without a weight of its own, by place and module.
+    shapes: dict[str, dict[str, tuple[int, ...] | None]] = {}
     with _evaluation(model), torch.no_grad():  # in training spectral norm would move when its weight is read
-        weights = {fqn: getattr(module, "weight", None) for fqn, module in chosen.items()}
-        shapes = {fqn: tuple(weight.shape) for fqn, weight in weights.items() if isinstance(weight, Tensor)}
+        for fqn, module in chosen.items():
+            ours = next(
+                (ours for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), QuantizedModule
+            )
+            weights = {place: getattr(module, name, None) for place, name in ours.places(module).items()}
+            shapes[fqn] = {
+                place: tuple(weight.shape) if isinstance(weight, Tensor) else None for place, weight in weights.items()
+            }
         if example:
             with _counting(chosen, shapes, macs, seen):
                 model(*example)
     rows = []
-    converted = any(quantized_modules(model))
+    quantizers = dict(quantizer_sets(model))
     setup = registry.models.get(unwrap(model))
     # Of a copy or a part of a model that was initialized the rules are not known.
     left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         product = next((ours.product for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), "")
-        widths, reason = None, ""
+        reason = ""
         if isinstance(module, QuantizedModule):
             kind = next(plain.__name__ for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, ours))
-            bits = [quantizer.state.bits for _, quantizer in module.quantizers]
-            widths = bits[0], bits[1], bits[2]
         elif fqn.startswith(inside):
             continue
         else:
             kind = plain_class(module).__name__
-            reason = _reason(module, left_out(module)) if converted else "the model is not converted"
-        rows.append(SummaryRow(fqn, kind, product, shapes.get(fqn), seen.get(fqn), widths, macs.get(fqn), reason))
+            reason = _reason(module, left_out(module)) if quantizers else "the model is not converted"
+        for place, shape in shapes[fqn].items():
+            name = product_name(fqn, place)
+            bits = [quantizer.state.bits for _, quantizer in quantizers.get(name, ())]
+            widths = (bits[0], bits[1], bits[2]) if bits else None
+            rows.append(SummaryRow(name, kind, product, shape, seen.get(fqn), widths, macs.get(name), reason))
     return Summary(tuple(rows))
 
 
@@ -136,18 +146,25 @@ def _reason(module: nn.Module, left_out: str) -> str:
 @contextmanager
 def _counting(
     chosen: dict[str, nn.Module],
-    shapes: dict[str, tuple[int, ...]],
+    shapes: dict[str, dict[str, tuple[int, ...] | None]],
     macs: dict[str, int],
     seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> Iterator[None]:
-    """Adds up the multiply-accumulates of Linear and convolutions as they are called, and notes their shapes."""
+    """Adds up the multiply-accumulates of the products of modules as they are called, and notes their shapes."""
     hooks = []
-    for fqn, shape in shapes.items():
+    for fqn, by_place in shapes.items():
 
-        def count(module: nn.Module, args: Any, output: Any, fqn: str = fqn, each: int = math.prod(shape[1:])) -> None:
+        def count(module: nn.Module, args: Any, output: Any, fqn: str = fqn, by_place: Any = by_place) -> None:
+            recurrent = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+            output = output[0] if recurrent and isinstance(output, tuple) else output
+            output = output.data if isinstance(output, PackedSequence) else output
             counted = args[0] if getattr(module, "transposed", False) else output
-            if isinstance(counted, Tensor):
-                macs[fqn] = macs.get(fqn, 0) + counted.numel() * each
+            for place, shape in by_place.items():
+                if isinstance(counted, Tensor) and shape is not None:
+                    # Every layer of a recurrent network goes through all time steps.
+                    times = counted.numel() // counted.shape[-1] * shape[0] if recurrent else counted.numel()
+                    name = product_name(fqn, place)
+                    macs[name] = macs.get(name, 0) + times * math.prod(shape[1:])
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 seen[fqn] = tuple(args[0].shape), tuple(output.shape)
 

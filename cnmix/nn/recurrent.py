@@ -46,7 +46,7 @@ class _Recurrent(QuantizedModule):
             f"{place}=int{'/'.join(str(quantizer.state.bits) for _, quantizer in quantizers)}"
             for place, quantizers in self.quantizers_by_place.items()
         ]
-        return ", ".join([nn.Module.extra_repr(self) or super(QuantizedModule, self).extra_repr(), *widths])
+        return ", ".join([super(QuantizedModule, self).extra_repr(), *widths])
 
     @property
     def _fqn(self) -> str:

@@ -236,7 +236,6 @@ def test_subclasses_and_other_modules_stay():
         Special(4, 4),
         nn.Bilinear(4, 4, 4),
         nn.ConvTranspose1d(4, 4, 2),
-        nn.LSTM(4, 4),
         nn.MultiheadAttention(4, 2),
         nn.LayerNorm(4),
     )
