@@ -86,8 +86,9 @@ def run_layer(
             f"{layer.hidden.fqn!r} computes in fixed point over a sequence, which no transform of torch.func can "
             "go through: call it without, or on a copy that cnmix.dequantize has made float again"
         )
-    y, h_n, c_n = _Recurrence.apply(x, *weights, h, c, layer)
-    return y, h_n, c_n
+    if torch.compiler.is_compiling():  # a graph breaks here, as it does at torch's own recurrent modules
+        return torch.compiler.disable(_Recurrence.apply)(x, *weights, h, c, layer)
+    return _Recurrence.apply(x, *weights, h, c, layer)
 
 
 class _Recurrence(torch.autograd.Function):
