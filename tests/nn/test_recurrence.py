@@ -264,3 +264,37 @@ def test_training_is_the_same_for_one_thread_and_two():
             module(draw(5, 3, INPUT, seed=step))[0].square().sum().backward()
         results.append([parameter.grad for name, parameter in module.named_parameters() if "weight" in name])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_shares_are_those_of_all_time_steps(due):
+    module = nn.LSTM(INPUT, HIDDEN)
+    convert(module, QuantizeConfig(max_bitwidth=8, mode="fixed_interval", interval=1 if due else 9, quantify_rate=0.0))
+    module(draw(5, 3, INPUT, seed=0))[0].sum().backward()
+    quantizers = [quantizer for _, each in quantizers_of(module) for _, quantizer in each]
+    for quantizer in quantizers:
+        quantizer.look_next = True
+    x = draw(5, 3, INPUT, seed=1)
+    y = module(x)[0]
+    y.sum().backward()
+    assert not any(quantizer.look_next for quantizer in quantizers)
+    hidden = dict(quantizers_of(module))["l0.hidden"].input
+    before = torch.cat([torch.zeros(1, 3, HIDDEN), y[:-1].detach()]).flatten(0, 1)
+    values = reference.quantize(before, 8, hidden.state.position)
+    assert hidden.shares.underflow == (int(before.count_nonzero()) - int(values.count_nonzero())) / before.numel()
+
+
+# torch.compile looks at the inputs of the graphs that it makes around the LSTM, and silences this outside of tests.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_models_train_to_the_same_bits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INPUT, INPUT), nn.LSTM(INPUT, HIDDEN))
+    convert(model, QuantizeConfig())
+    results = []
+    for run in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
+        trained = copy.deepcopy(model)
+        called = run(trained)
+        for step in range(2):
+            called(draw(5, 3, INPUT, seed=step))[0].square().sum().backward()
+        results.append([parameter.grad for parameter in trained.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
