@@ -125,8 +125,8 @@ class _QuantizedRNNBase(_Recurrent, nn.RNNBase):
         if length == 0:
             raise ValueError(f"{self._fqn!r} takes sequences of at least one time step, got {tuple(input.shape)}")
         hx = self._first_states(hx, batch, batched)
-        y, states = self._run_layers(x.reshape(length * batch, -1), [batch] * length, hx)
-        y = y.view(length, batch, -1)
+        y, states = self._run_layers(x.flatten(0, 1), [batch] * length, hx)
+        y = y.unflatten(0, (length, batch))
         if not batched:
             return y.squeeze(1), self._as_given(tuple(state.squeeze(1) for state in states))
         return y.transpose(0, 1) if self.batch_first else y, self._as_given(states)

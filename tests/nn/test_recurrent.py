@@ -371,3 +371,15 @@ def test_rules_and_summary():
     assert rows["inner.cell..hidden"].macs == 5 * 4 * 18 * 6
     assert (rows["head"].reason, rows["lstm..l0.input"].kind) == ("left out", "LSTM")
     assert found.share == 1 - rows["head"].macs / sum(row.macs for row in found.rows)
+
+
+def test_empty_batches_and_a_second_backward_pass():
+    _, module = pair(lambda: nn.GRU(6, 5))
+    y, h = module(random(4, 0, 6))
+    assert (y.shape, h.shape) == ((4, 0, 5), (1, 0, 5))
+    y.sum().backward()
+    y, _ = module(random(4, 3, 6))
+    y.sum().backward(retain_graph=True)
+    once = module.weight_hh_l0.grad.clone()
+    y.sum().backward()
+    assert torch.equal(module.weight_hh_l0.grad, 2 * once)
