@@ -332,3 +332,27 @@ def joined(rank):
 
 def test_uneven_inputs_are_refused(processes):
     processes.run(joined)
+
+
+def recurrent(rank, seeds):
+    """Trains an LSTM, in which a product with each time step counts one step for the whole sequence."""
+    registry.models.clear()
+    torch.manual_seed(0)
+    model = torch.nn.LSTM(6, 5, 2, bidirectional=True, proj_size=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    cnmix.initialize(model, optimizer, mode="fixed_interval", interval=2, threshold=1e-3)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    for each in seeds:
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(each[rank or 0]))
+        wrapped(x)[0].square().mean().backward()
+        optimizer.step()
+    return result(model)
+
+
+def test_recurrent_layers_choose_together(processes):
+    torch.set_num_threads(1)
+    found = processes.run(recurrent, [(seed, seed) for seed in range(5)])
+    assert same(found[0], found[1])
+    assert same(found[0], recurrent(None, [(seed, seed) for seed in range(5)]))
+    assert same(*processes.run(recurrent, [(seed, seed + 50) for seed in range(5)]))
