@@ -20,8 +20,9 @@ from .base import NO_TENSOR_PARALLELISM, QuantizedModule, is_distributed
 from .half import use_float32
 from .modules import QUANTIZED_CLASSES
 from .places import ATTRIBUTES, attach, detach, product_name, quantizer_sets, quantizers_of
-from .quantizers import LatestInput, ModuleQuantizers
+from .quantizers import ModuleQuantizers
 from .ranks import Ranks, fully_sharded_modules, is_fully_sharded
+from .shared_input import LatestInput
 
 # Methods that torch's forward passes call and ours do not: a subclass may have one of its own.
 _NOT_CALLED = ("_conv_forward", "check_input", "check_hidden_size", "check_forward_args", "permute_hidden")

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from small_net import Net
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import cnmix
 from cnmix.fixed_point import BITS, choose_position
+from cnmix.inference import freeze
 from cnmix.nn.ranks import pack, unpack
 from cnmix.operand import Observation
 from cnmix.registry import registry
@@ -334,25 +336,54 @@ def test_uneven_inputs_are_refused(processes):
     processes.run(joined)
 
 
-def recurrent(rank, seeds):
-    """Trains an LSTM, in which a product with each time step counts one step for the whole sequence."""
+class Recurrent(torch.nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+        self.lstm = torch.nn.LSTM(6, 5, 2, bidirectional=True, proj_size=3)
+        self.cell = torch.nn.GRUCell(6, 4)
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = None
+        for step in self.lstm(x)[0][-self.calls :]:
+            h = self.cell(step, h)
+        return self.head(h)
+
+
+def recurrent(rank, wrap, settings, seeds, calls=1):
+    """Trains an LSTM, each product of which counts one step for a sequence, and a cell, which each call counts one."""
+    torch.set_num_threads(1)
     registry.models.clear()
     torch.manual_seed(0)
-    model = torch.nn.LSTM(6, 5, 2, bidirectional=True, proj_size=3)
+    model = Recurrent(calls)
+    cnmix.initialize(model, None, **settings)
+    wrapped = DistributedDataParallel(model) if wrap == "DistributedDataParallel" else model
+    if wrap == "fully_shard":
+        fully_shard(model.lstm)
+        fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    cnmix.initialize(model, optimizer, mode="fixed_interval", interval=2, threshold=1e-3)
-    wrapped = model if rank is None else DistributedDataParallel(model)
     for each in seeds:
         optimizer.zero_grad()
-        x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(each[rank or 0]))
-        wrapped(x)[0].square().mean().backward()
+        x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(each[rank]))
+        wrapped(x).square().mean().backward()
         optimizer.step()
-    return result(model)
+    if wrap == "fully_shard":
+        with pytest.raises(ValueError, match=r"'lstm\.\.l0\.input' is shared out among processes"):
+            freeze(model)
+    weights = model.state_dict()
+    return cnmix.state_dict(model), {
+        name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in weights.items()
+    }
 
 
-def test_recurrent_layers_choose_together(processes):
-    torch.set_num_threads(1)
-    found = processes.run(recurrent, [(seed, seed) for seed in range(5)])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mode": "fixed_interval", "interval": 2, "threshold": 1e-3}, {"opt_level": "O2"}]
+)
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard"])
+def test_recurrent_layers_choose_together(processes, wrap, settings):
+    equal = [(seed, seed) for seed in range(5)]
+    found = processes.run(recurrent, wrap, settings, equal)
     assert same(found[0], found[1])
-    assert same(found[0], recurrent(None, [(seed, seed) for seed in range(5)]))
-    assert same(*processes.run(recurrent, [(seed, seed + 50) for seed in range(5)]))
+    assert same(found[0], recurrent(0, None, settings, equal))
+    assert same(*processes.run(recurrent, wrap, settings, [(seed, seed + 50) for seed in range(5)], 3))
