@@ -93,12 +93,16 @@ class OperandQuantizer:
                 self._watch_saturation(quantized)
         if self.look_next and training:
             self.look(x, quantized)
+        self.notice(quantized, training)
+        return quantized, found
+
+    def notice(self, quantized: FixedPoint, training: bool) -> None:
+        """Warns of the first tensor of a row with NaN or infinity; a finite one in training ends the row."""
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
             self._saw_nonfinite = True
             logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
-        return quantized, found
 
     @property
     def due(self) -> bool:
@@ -131,10 +135,15 @@ class OperandQuantizer:
         """Takes the shares of a training step's tensor, as ``look_next`` asks for, which ends with it."""
         self.shares, self.look_next = kernels.shares(x, quantized), False
 
-    def repeated(self, x: Tensor, bits: int, position: int | None, stream: int) -> FixedPoint:
-        """Quantizes as an earlier training step did, without counting one: in that format, with its random draws."""
-        rounding = self.rounding(training=True)
-        return kernels.quantize_measured(x, bits, position, rounding, seed=self._seed, stream=stream)[0]
+    def repeated(
+        self, x: Tensor, bits: int, position: int | None, stream: int, start: int = 0, training: bool = True
+    ) -> FixedPoint:
+        """Quantizes as an earlier step did, without counting one: in that format, with its random draws.
+
+        ``x`` may be a part of that step's tensor, from the element ``start`` on.
+        """
+        rounding = self.rounding(training)
+        return kernels.quantize_measured(x, bits, position, rounding, seed=self._seed, stream=stream, start=start)[0]
 
     def repeat(self, quantized: FixedPoint) -> None:
         """Counts a training step on the very tensor that gave these integers before, without measuring it again."""

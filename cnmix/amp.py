@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import OperandConfigs, Product, QuantizeConfig
-from .nn import QUANTIZED_CLASSES, QuantizedModule, quantized_modules
-from .nn.convert import find_conversion, is_convertible, name_modules, plain_class, revert
+from .nn import QUANTIZED_CLASSES, QuantizedModule, quantized_modules, quantizer_sets, quantizers_of
+from .nn.convert import find_conversion, is_convertible, name_modules, plain_class, product_names, revert
 from .nn.module_state import check_widths
 from .optim import LossScaler, attach_scalers, check_scalers, gradients_of, scalers_of
 from .registry import Setup, registry, unwrap
@@ -118,7 +118,7 @@ def initialize(
             new_models.append(model)
             if level.quantizes and not configs and not any(quantized_modules(model)):
                 which = "left of" if any(is_convertible(module) for module in model.modules()) else "in"
-                logger.warning("no Linear, Bilinear or convolution to convert %s %s", which, type(model).__name__)
+                logger.warning("no module to convert %s %s", which, type(model).__name__)
         if configs or not known:  # of a model that was initialized before, modules that came since
             to_convert[model] = all_rules
     new_optimizers, scalers = _new_scalers(optimizer_list, scale, num_losses, loss_scale)
@@ -131,7 +131,7 @@ def initialize(
             _report_subclasses(model, its_rules)
     for model in model_list:
         name_modules(model)
-        for ranks in {module.quantizers.ranks for _, module in quantized_modules(model)}:
+        for ranks in {quantizers.ranks for _, quantizers in quantizer_sets(model)}:
             ranks.choose(process_group)
     for model in new_models:
         registry.models[model] = setup
@@ -221,9 +221,9 @@ def set_settings(products: Sequence[Product], changes: Mapping[str, Any]) -> Non
     """Changes operand settings of every live model, and of those initialized later (what ``cnmix.core`` calls)."""
     QuantizeConfig().replace(**changes)  # refuses bad names and values before anything is changed
     for model in registry.models:
-        for _, module in quantized_modules(model):
-            if module.product in products:
-                module.quantizers.change_settings(**changes)
+        for _, quantizers in quantizer_sets(model):
+            if quantizers.product in products:
+                quantizers.change_settings(**changes)
     for product in products:
         registry.settings[product].update(changes)
 
@@ -272,7 +272,9 @@ def _check_waiting(
 ) -> None:
     """Refuses a state that waits for this model and does not fit it."""
     for state in waiting:
-        present = {fqn: module.quantizers.configs for fqn, module in quantized_modules(model)} | dict(configs)
+        present = {name: quantizers.configs for name, quantizers in quantizer_sets(model)}
+        for fqn, chosen in configs.items():
+            present.update(dict.fromkeys(product_names(fqn, model.get_submodule(fqn)), chosen))
         if state["strict"]:
             try:
                 check_names_fit(type(model).__name__, set(present), state)
@@ -281,8 +283,8 @@ def _check_waiting(
                     f"{error} (it was loaded before and waits for this model; to drop it: "
                     "cnmix.load_state_dict(cnmix.state_dict()))"
                 ) from error
-        for fqn in sorted({*present} & {*state["modules"]}):
-            check_widths(state["modules"][fqn], fqn, present[fqn])
+        for name in sorted({*present} & {*state["modules"]}):
+            check_widths(state["modules"][name], name, present[name])
 
 
 def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
@@ -292,11 +294,13 @@ def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
     if setup.level.quantizes:
         book.check_effect([*convertible, *parts.values()])
     for fqn, module in parts.items():
-        now, asked = module.quantizers.configs, book.configure(module, setup.config)
+        asked = book.configure(module, setup.config)
         half = None if setup.activations == torch.float32 else setup.activations
-        same = setup.level.quantizes and not book.why_left_out(module) and module.quantizers.output_dtype == half
-        for operand in now:  # the steps in an epoch may have been told later
-            same &= now[operand] == asked[operand].replace(steps_per_epoch=now[operand].steps_per_epoch)
+        same = setup.level.quantizes and not book.why_left_out(module)
+        for _, quantizers in quantizers_of(module):
+            same &= quantizers.output_dtype == half
+            for operand, now in quantizers.configs.items():  # the steps in an epoch may have been told later
+                same &= now == asked[operand].replace(steps_per_epoch=now.steps_per_epoch)
         if not same:
             raise ValueError(
                 f"{fqn!r} of this {type(model).__name__} was initialized before, with other settings: initialize the "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import checkpoint, inference
-from .nn import quantized_modules
+from .nn import quantizer_sets
 from .recipe import build_model, load_data, merge_recipe
 
 MODEL_FILE = "model.pt"
@@ -97,11 +97,11 @@ def evaluate_checkpoints(
 
 
 def operand_rows(model: nn.Module) -> Iterator[tuple[str, str, int, int | None, int, int, float]]:
-    """Yields (module, operand, bits, position, interval, updates, error) for every operand of the model."""
-    for fqn, module in quantized_modules(model):
-        for operand, quantizer in module.quantizers:
+    """Yields (product, operand, bits, position, interval, updates, error) for every operand of the model."""
+    for name, quantizers in quantizer_sets(model):
+        for operand, quantizer in quantizers:
             state = quantizer.state
-            yield fqn, operand, state.bits, state.position, state.interval, state.updates, state.error
+            yield name, operand, state.bits, state.position, state.interval, state.updates, state.error
 
 
 def read_checkpoint(file: Path) -> Mapping[str, Any]:

@@ -11,28 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 
-from .nn import quantized_modules
+from .nn import QUANTIZED_CLASSES, QuantizedModule, product_name, quantizer_sets
 from .nn.convert import find_conversion, is_convertible, plain_class
-from .nn.modules import QUANTIZED_CLASSES, QuantizedModule
 from .registry import registry, unwrap
 from .rules import RuleBook
 from .tables import format_table
 
-# Modules that multiply by weights of their own and that this version does not convert.
-_UNCONVERTED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd, nn.Linear)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+# Modules that multiply by weights of their own, converted in this version or not.
+_MULTIPLYING = (*_RECURRENT, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One module that multiplies.
+    """One product of a module that multiplies.
 
     Attributes:
-        fqn: fully qualified name.
+        fqn: fully qualified name of the module; with the place, as ``lstm..l0.input``, where it has several products.
         kind: class of the module, as in the plain model.
         product: "matmul" or "convolution", "" where neither is known of its class.
         weight: shape of its weight, where it has one.
-        shapes: of input and output in the last call of one forward pass; None where it was not seen in one.
+        shapes: of the module's input and output in the last call of one forward pass; None where none was seen.
         widths: of input, weight and grad_output; None where it stayed float.
         macs: multiply-accumulates of one forward pass; None where it was not seen in one.
         reason: why it stayed float, or "".
@@ -90,36 +91,42 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         A ``Summary``; print it.
     """
     chosen: dict[str, nn.Module] = {
-        fqn: module for fqn, module in model.named_modules() if isinstance(module, _UNCONVERTED)
+        fqn: module for fqn, module in model.named_modules() if isinstance(module, _MULTIPLYING)
     }
     counted: dict[str, int] = {}
     seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    weights: dict[str, dict[str, Any]] = {}  # by place; None of a module without one of its own
     with _evaluation(model), torch.no_grad():  # in training spectral norm would move when its weight is read
-        found = {fqn: getattr(module, "weight", None) for fqn, module in chosen.items()}
-        weights = {fqn: weight for fqn, weight in found.items() if isinstance(weight, Tensor)}
+        for fqn, module in chosen.items():
+            kinds = (ours for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain))
+            places = next(kinds, QuantizedModule).places(module)
+            weights[fqn] = {place: getattr(module, name, None) for place, name in places.items()}
         if example:
-            with _counting({fqn: chosen[fqn] for fqn in weights}, counted, seen):
+            with _counting(chosen, counted, seen):
                 model(*example)
-    # Now, as a lazy module may just have got its weights.
-    shapes = {fqn: tuple(weight.shape) for fqn, weight in weights.items() if not is_lazy(weight)}
-    macs = {fqn: count * math.prod(shapes[fqn][1:]) for fqn, count in counted.items()}
     rows = []
-    converted = any(quantized_modules(model))
+    quantizers = dict(quantizer_sets(model))
     setup = registry.models.get(unwrap(model))
     # Of a copy or a part of a model that was initialized the rules are not known.
     left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         product = next((ours.product for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), "")
-        kind, widths, reason = plain_class(module).__name__, None, ""
-        if isinstance(module, QuantizedModule):
-            bits = [quantizer.state.bits for _, quantizer in module.quantizers]
-            widths = bits[0], bits[1], bits[2]
-        elif fqn.startswith(inside):
-            continue
-        else:
-            reason = _reason(module, left_out(module)) if converted else "the model is not converted"
-        rows.append(SummaryRow(fqn, kind, product, shapes.get(fqn), seen.get(fqn), widths, macs.get(fqn), reason))
+        kind, reason = plain_class(module).__name__, ""
+        if not isinstance(module, QuantizedModule):
+            if fqn.startswith(inside):
+                continue
+            reason = _reason(module, left_out(module)) if quantizers else "the model is not converted"
+        for place, weight in weights[fqn].items():
+            name = product_name(fqn, place)
+            # Now, as a lazy module may just have got its weights.
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) and not is_lazy(weight) else None
+            macs = counted[fqn] * math.prod(shape[1:]) if shape and fqn in counted else None
+            if macs is not None and isinstance(module, _RECURRENT):
+                macs *= weight.shape[0]
+            bits = [quantizer.state.bits for _, quantizer in quantizers.get(name, ())]
+            widths = (bits[0], bits[1], bits[2]) if bits else None
+            rows.append(SummaryRow(name, kind, product, shape, seen.get(fqn), widths, macs, reason))
     return Summary(tuple(rows))
 
 
@@ -139,14 +146,21 @@ def _counting(
     counted: dict[str, int],
     seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> Iterator[None]:
-    """Adds up the numbers that the weights' rows multiply for as modules are called, and notes their shapes."""
+    """Adds up the numbers that the weights' rows multiply for as modules are called, and notes their shapes.
+
+    Those of a recurrent network multiply for each time step.
+    """
     hooks = []
     for fqn, each in chosen.items():
 
         def count(module: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:
+            recurrent = isinstance(module, _RECURRENT)
+            output = output[0] if recurrent and isinstance(output, tuple) else output
+            output = output.data if isinstance(output, PackedSequence) else output
             x = args[0] if args and getattr(module, "transposed", False) else output
             if isinstance(x, Tensor):
-                counted[fqn] = counted.get(fqn, 0) + x.numel()
+                numbers = x.numel() // x.shape[-1] if recurrent else x.numel()
+                counted[fqn] = counted.get(fqn, 0) + numbers
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 seen[fqn] = tuple(args[0].shape), tuple(output.shape)
 

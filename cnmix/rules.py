@@ -19,6 +19,8 @@ from .config import OPERANDS, QuantizeConfig, check_names
 # A convolution multiplies its weights with many positions, a Linear often with few rows. Measured: docs/levels.md.
 SMALL_LINEAR = 128 * 128
 SMALL_CONVOLUTION = 64 * 64
+# Of a recurrent network the hidden size: its products have one row for each sequence of a batch.
+SMALL_HIDDEN = 192
 TOO_SMALL = "too small to gain"
 
 # Of the settings, these belong to a product, and so to all of its operands.
@@ -35,8 +37,8 @@ class Rule:
     Attributes:
         modules: patterns of fully qualified names, of which one must match; a name covers all below it. Empty: any.
         types: names of classes, or classes, of which the module or one that it is in must be one. Empty: any.
-        small: only modules with fewer weights, per group, than ``SMALL_LINEAR`` or ``SMALL_CONVOLUTION``: too small to
-            gain.
+        small: only modules with fewer weights, per group, than ``SMALL_LINEAR`` or ``SMALL_CONVOLUTION``, or of
+            a hidden size below ``SMALL_HIDDEN``: too small to gain.
         operands: the operands that the settings are for. Empty: all three.
         leave_out: leave the modules in float32.
         settings: fields of ``cnmix.QuantizeConfig``; ``width`` sets ``bitwidth`` and ``max_bitwidth`` to one value.
@@ -255,6 +257,8 @@ def _is_small(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         per_group = module.in_channels * module.out_channels // module.groups**2
         return per_group * math.prod(module.kernel_size) < SMALL_CONVOLUTION
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return module.hidden_size < SMALL_HIDDEN
     return False
 
 

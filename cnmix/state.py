@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .nn import quantized_modules
+from .nn import quantizer_sets
 from .nn.module_state import check_module_state, check_widths, upgrade_module_state
 from .optim import check_scalers
 from .registry import registry, unwrap
@@ -30,7 +30,8 @@ def state_dict(model: nn.Module | None = None) -> dict[str, Any]:
 
     Returns:
         ``{"version", "models": [{"modules": {fqn: {"settings", "operands", "drawn_weight"}}}], "loss_scalers"}``,
-        with a list of loss scales for each optimizer.
+        with a list of loss scales for each optimizer. A module with several products has an entry for each:
+        ``"lstm..l0.input"``.
     """
     chosen = list(registry.models) if model is None else [unwrap(model)]
     scalers = list(registry.optimizers.values()) if model is None else []
@@ -153,19 +154,19 @@ def check_names_fit(model: str, present: set[str], saved: Mapping[str, Any]) -> 
 
 def check_fits(model: nn.Module, saved: Mapping[str, Any], strict: bool = True) -> list[str]:
     """Raises ValueError where a model's state does not fit; returns what of it a loading that is not strict leaves."""
-    modules = dict(quantized_modules(model))
+    present = dict(quantizer_sets(model))
     if strict:
-        check_names_fit(type(model).__name__, set(modules), saved)
-    for fqn in sorted({*modules} & {*saved["modules"]}):
-        check_widths(saved["modules"][fqn], fqn, modules[fqn].quantizers.configs)
-    return _differences(set(modules), saved)
+        check_names_fit(type(model).__name__, set(present), saved)
+    for name in sorted({*present} & {*saved["modules"]}):
+        check_widths(saved["modules"][name], name, present[name].configs)
+    return _differences(set(present), saved)
 
 
 def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Gives each converted module its saved state, where there is one."""
-    for fqn, module in quantized_modules(model):
-        if fqn in saved["modules"]:
-            module.quantizers.load_state_dict(saved["modules"][fqn])
+    """Gives the quantizers of each product their saved state, where there is one."""
+    for name, quantizers in quantizer_sets(model):
+        if name in saved["modules"]:
+            quantizers.load_state_dict(saved["modules"][name])
 
 
 def first_names(names: set[str], limit: int = 5) -> str:
@@ -175,7 +176,7 @@ def first_names(names: set[str], limit: int = 5) -> str:
 
 
 def _model_state(model: nn.Module) -> dict[str, Any]:
-    return {"modules": {fqn: module.quantizers.state_dict() for fqn, module in quantized_modules(model)}}
+    return {"modules": {name: quantizers.state_dict() for name, quantizers in quantizer_sets(model)}}
 
 
 def _differences(present: set[str], saved: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoint import check, load
 from ..config import QuantizeConfig
-from ..nn import convert, convertible_modules, quantized_modules
+from ..nn import convert, convertible_products, module_name, quantized_modules, quantizer_sets, quantizers_of
 from ..nn.convert import is_convertible
 from ..nn.module_state import check_trained
 from ..rules import leave_out
@@ -45,21 +45,22 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
     if len(state["models"]) != 1:
         raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
     saved = state["models"][0]["modules"]
-    stays_float = [fqn for fqn, module in model.named_modules() if is_convertible(module) and fqn not in saved]
+    trained = {module_name(name) for name in saved}
+    stays_float = [fqn for fqn, module in model.named_modules() if is_convertible(module) and fqn not in trained]
     rules = leave_out(stays_float)
-    present = {*convertible_modules(model, rules), *(fqn for fqn, _ in quantized_modules(model))}
+    present = {*convertible_products(model, rules), *(name for name, _ in quantizer_sets(model))}
     check_names_fit(type(model).__name__, present, state["models"][0])
     configs = {
-        fqn: {operand: QuantizeConfig().replace(**settings) for operand, settings in saved[fqn]["settings"].items()}
-        for fqn in saved
+        name: {operand: QuantizeConfig().replace(**settings) for operand, settings in saved[name]["settings"].items()}
+        for name in saved
     }
-    for fqn in saved:
-        check_trained({name: each["step"] for name, each in saved[fqn]["operands"].items()}, fqn)
+    for name in saved:
+        check_trained({operand: each["step"] for operand, each in saved[name]["operands"].items()}, name)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     convert(model, QuantizeConfig(), rules)
     load_state_dict({**state, "loss_scalers": []}, model)  # inference needs none
-    for fqn, module in quantized_modules(model):
-        module.quantizers.configs = configs[fqn]
+    for name, quantizers in quantizer_sets(model):
+        quantizers.configs = configs[name]
     return freeze(model)
 
 
@@ -69,10 +70,11 @@ def freeze(model: Model) -> Model:
     Raises:
         ValueError: if a module took no part in training, naming it.
     """
-    modules = dict(quantized_modules(model))
-    for module in modules.values():
-        module.quantizers.check_trained()
+    for _, quantizers in quantizer_sets(model):
+        quantizers.check_trained()
     model.eval()
-    for module in modules.values():
-        module.quantizers.freeze(module.weight)
+    for _, module in quantized_modules(model):
+        names = module.places(module)
+        for place, quantizers in quantizers_of(module):
+            quantizers.freeze(getattr(module, names[place]))
     return model

@@ -55,6 +55,7 @@ def quantize_measured(
     *,
     seed: int = 0,
     stream: int = 0,
+    start: int = 0,
     measure: bool = False,
     channel_dim: int | None = None,
     with_checksum: bool = False,
@@ -68,6 +69,7 @@ def quantize_measured(
         rounding: as in ``reference.quantize``.
         seed: likewise.
         stream: likewise.
+        start: likewise.
         measure: also sum the magnitudes before and after.
         channel_dim: also sum ``x`` over all dimensions but this one.
         with_checksum: also take the checksum of ``x``, which is float32 then.
@@ -90,6 +92,7 @@ def quantize_measured(
             measure,
             _summed_dim(source, channel_dim),
             with_checksum and source.data_ptr() == x.data_ptr(),
+            start,
         )
     else:
         largest = absmax(source)
@@ -97,7 +100,7 @@ def quantize_measured(
             position = choose_position(largest, bits) if math.isfinite(largest) else 0
         found = Statistics(largest, position)
         if math.isfinite(largest):
-            _quantize_blocks(source, out, bits, position, rounding, seed, stream)
+            _quantize_blocks(source, out, bits, position, rounding, seed, stream, start)
             if measure:
                 found = Statistics(largest, position, sum_of_magnitudes(source), sum_of_magnitudes(out))
     if channel_dim is not None and found.channel_sums is None:
@@ -211,7 +214,7 @@ def _restore_layout(out: Tensor, x: Tensor) -> Tensor:
 
 
 def _quantize_blocks(
-    source: Tensor, out: Tensor, bits: int, position: int, rounding: str, seed: int, stream: int
+    source: Tensor, out: Tensor, bits: int, position: int, rounding: str, seed: int, stream: int, first: int = 0
 ) -> None:
     flat, flat_out = _in_memory_order(source), _in_memory_order(out)
     low, high = limits(bits)
@@ -220,7 +223,8 @@ def _quantize_blocks(
         piece = flat[start : start + _QUANTIZE_BLOCK]
         target = flat_out[start : start + _QUANTIZE_BLOCK]
         if rounding != "nearest_even":
-            rounded = reference.quantize(piece, bits, position, rounding, seed=seed, stream=stream, start=start)
+            at = first + start
+            rounded = reference.quantize(piece, bits, position, rounding, seed=seed, stream=stream, start=at)
             target.copy_(rounded)
             continue
         block = buffer[: piece.numel()]

@@ -1,4 +1,4 @@
-"""Converts a model's Linear, Bilinear and convolution modules in place."""
+"""Converts a model's modules that multiply by weights, in place."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
+from .base import NO_TENSOR_PARALLELISM, QuantizedModule, is_distributed
 from .half import use_float32
-from .modules import NO_TENSOR_PARALLELISM, QUANTIZED_CLASSES, QuantizedModule, is_distributed
-from .quantizers import LatestInput, ModuleQuantizers
+from .modules import QUANTIZED_CLASSES
+from .places import ATTRIBUTES, attach, detach, product_name, quantizer_sets, quantizers_of
+from .quantizers import ModuleQuantizers
 from .ranks import Ranks, fully_sharded_modules, is_fully_sharded
+from .shared_input import LatestInput
+
+# Methods that torch's forward passes call and ours do not: a subclass may have one of its own.
+_NOT_CALLED = ("_conv_forward", "check_input", "check_hidden_size", "check_forward_args", "permute_hidden")
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
-    """Makes every Linear, Bilinear, convolution and transposed convolution compute in fixed point, in place.
+    """Makes every module of the model whose class ``QUANTIZED_CLASSES`` has compute in fixed point, in place.
 
     Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
     are left as they are. A parametrized module (weight norm, spectral norm) quantizes the weight that its
@@ -43,13 +49,16 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     """
     planned = plan(model, config, rules)
     latest_input = LatestInput()
-    ranks = next((module.quantizers.ranks for _, module in quantized_modules(model)), None) or Ranks()
+    ranks = next((quantizers.ranks for _, quantizers in quantizer_sets(model)), None) or Ranks()
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
         converted = _converted_class(plain_class(module))
-        # Not a submodule, parameter or buffer: a plain attribute, which state_dict does not see.
         name = fqn or type(module).__name__
-        module.__dict__["quantizers"] = ModuleQuantizers(configs, converted.product, name, latest_input, ranks)
+        by_place = {
+            place: ModuleQuantizers(configs, converted.product, product_name(name, place), latest_input, ranks)
+            for place in converted.places(module)
+        }
+        attach(module, by_place)
         _set_class(module, converted)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
@@ -70,8 +79,9 @@ def plan(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -
 
 def name_modules(model: nn.Module) -> None:
     """Tells converted modules their present names, which messages use."""
-    for fqn, module in quantized_modules(model):
-        module.quantizers.fqn = fqn or plain_class(module).__name__
+    for fqn, module in model.named_modules():
+        for place, quantizers in quantizers_of(module):
+            quantizers.fqn = product_name(fqn or plain_class(module).__name__, place)
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -83,13 +93,32 @@ def revert(model: nn.Module) -> list[str]:
     found = dict(quantized_modules(model))
     for module in found.values():
         _set_class(module, plain_class(module))
-        del module.__dict__["quantizers"]
+        detach(module)
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             relu = layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU)
             gelu = layer.activation is nn.functional.gelu or isinstance(layer.activation, nn.GELU)
             layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
     return list(found)
+
+
+def convertible_products(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
+    """Returns the names of the products of ``convertible_modules``, and raises as that does."""
+    found = convertible_modules(model, rules)
+    return [name for fqn, module in found.items() for name in product_names(fqn, module)]
+
+
+def product_names(fqn: str, module: nn.Module) -> list[str]:
+    """Returns the names that the products of this module have, or will have once it is converted."""
+    return [product_name(fqn, place) for place in _places(module)]
+
+
+def _places(module: nn.Module) -> dict[str, str]:
+    """Returns the name of the weight of each product of a module that is converted or convertible, by place."""
+    converted, reason = find_conversion(plain_class(module))
+    if converted is None:
+        raise TypeError(reason)
+    return converted.places(module)
 
 
 def convertible_modules(model: nn.Module, rules: Sequence[Rule] = ()) -> dict[str, nn.Module]:
@@ -141,12 +170,13 @@ def find_conversion(kind: type[nn.Module]) -> tuple[type[QuantizedModule] | None
         return None, "nn.MultiheadAttention multiplies by its weight without calling it"
     ours, above = QUANTIZED_CLASSES[parent], kind.__mro__[: kind.__mro__.index(parent)]
     prefix, own_classes = f"a subclass of {parent.__name__}", ours.__mro__[: ours.__mro__.index(parent)]
-    names = {name for each in own_classes for name in vars(each) if not name.startswith("__")} | {"quantizers"}
+    names = {name for each in own_classes for name in vars(each) if not name.startswith("__")} | {*ATTRIBUTES}
     for each in above:
         if "forward" in vars(each) and not _calls_super_forward(vars(each)["forward"]):
             return None, f"{prefix} with a forward of its own, which does not call super().forward"
-        if "_conv_forward" in vars(each):
-            return None, f"{prefix} with a _conv_forward of its own"
+        changed = next((name for name in _NOT_CALLED if name in vars(each)), None)
+        if changed:
+            return None, f"{prefix} with a {changed} of its own"
         taken = sorted(names & {*vars(each)} - {"forward", "extra_repr"})
         if taken:
             return None, f"{prefix} with an attribute {taken[0]!r} of its own, a name that cnmix uses"
@@ -232,7 +262,8 @@ def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) 
         split = any(parameter is not None and is_distributed(parameter) for parameter in module._parameters.values())
         if split and module not in fully_sharded:
             raise ValueError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
-        dtype = _weight_dtype(module)
+        dtypes = (_weight_dtype(module, name) for name in _places(module).values())
+        dtype = next((each for each in dtypes if each != torch.float32), torch.float32)
         if dtype != torch.float32:
             raise ValueError(
                 f"the weight of {fqn!r} has dtype {dtype}, and this level trains float32 "
@@ -240,12 +271,12 @@ def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) 
             )
 
 
-def _weight_dtype(module: nn.Module) -> torch.dtype | None:
-    if is_parametrized(module, "weight"):  # reading the weight would compute it, which moves spectral norm's buffers
-        behind = module.parametrizations["weight"]._parameters.values()  # type: ignore[index, union-attr]
+def _weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    if is_parametrized(module, name):  # reading the weight would compute it, which moves spectral norm's buffers
+        behind = module.parametrizations[name]._parameters.values()  # type: ignore[index, union-attr]
         dtypes = {each.dtype for each in behind if each is not None and each.is_floating_point()}
         return next(iter(dtypes - {torch.float32}), torch.float32)
-    return getattr(module.weight, "dtype", None)
+    return getattr(getattr(module, name), "dtype", None)
 
 
 def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:

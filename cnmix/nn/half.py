@@ -2,7 +2,7 @@
 
 A converted module answers in the half type and so do the layers behind it, which have no parameters or take mixed types
 (norms, whose arithmetic is float32 inside). Two kinds of module need help, given as forward hooks: embeddings, whose
-output is cast; and those that have float32 parameters and take inputs of no other type (a layer left out, an LSTM, a
+output is cast; and those that have float32 parameters and take inputs of no other type (a layer left out, a
 module with a free parameter), whose inputs are cast to float32 and whose outputs to half. The model's own inputs are
 cast to half, and its output to float32, so that losses are computed in float32.
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .modules import QuantizedModule
+from .base import QuantizedModule
+from .places import quantizers_of
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -100,7 +101,8 @@ def use_half(model: nn.Module, dtype: torch.dtype) -> None:
         if module in parametrizations:
             continue
         if isinstance(module, QuantizedModule):
-            module.quantizers.output_dtype = dtype
+            for _, quantizers in quantizers_of(module):
+                quantizers.output_dtype = dtype
         elif isinstance(module, _LOOKUPS):
             module.register_forward_hook(CastOutput(dtype))
         elif _has_parameters(module) and not isinstance(module, _MIXED):
@@ -123,7 +125,8 @@ def use_float32(model: nn.Module) -> None:
     """Takes back what ``use_half`` did."""
     for module in model.modules():
         if isinstance(module, QuantizedModule):
-            module.quantizers.output_dtype = None
+            for _, quantizers in quantizers_of(module):
+                quantizers.output_dtype = None
         _remove_hooks(module, lambda hook: isinstance(hook, (CastInputs, CastOutput)))
 
 

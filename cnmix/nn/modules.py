@@ -1,69 +1,22 @@
-"""Linear, Bilinear and convolutions, transposed ones too, on the emulated core.
-
-Conversion assigns one of these classes to an existing module. The module, its parameters, hooks and state_dict keys
-stay; the quantizers are an ordinary attribute, neither parameter nor buffer.
-"""
+"""Linear, Bilinear and convolutions, transposed ones too, on the emulated core, and which class takes whose place."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Product
+from .base import QuantizedModule
 from .functional import multiply
 from .products import ConvolutionGeometry
-from .quantizers import ModuleQuantizers
-from .recomputation import reentrant_part
-
-NO_TENSOR_PARALLELISM = (
-    "is split by tensor parallelism (DTensor): each part of its weight would have a format of its own, and the "
-    "processes other widths. Leave it out with exclude=[...], or share the model out with fully_shard or "
-    "DistributedDataParallel alone"
+from .recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRNN,
+    QuantizedRNNCell,
 )
-
-
-def is_distributed(x: Tensor) -> bool:
-    """Whether this is a DTensor."""
-    return type(x).__module__.startswith("torch.distributed.tensor")  # without loading it
-
-
-class QuantizedModule(nn.Module):
-    """A module whose product runs in fixed point."""
-
-    product: Product
-    weight: Tensor
-    quantizers: ModuleQuantizers
-
-    def extra_repr(self) -> str:
-        """Adds the width of each operand to the module's own description."""
-        widths = ", ".join(f"{name}=int{quantizer.state.bits}" for name, quantizer in self.quantizers)
-        return f"{super().extra_repr()}, {widths}"
-
-    def _check_input(self, x: Tensor) -> Tensor:
-        """Returns the input to compute with."""
-        fqn = self.quantizers.fqn
-        # Not self.weight: a parametrization would compute it once more.
-        weight = self._parameters.get("weight")
-        if not torch.compiler.is_compiling() and (is_distributed(x) or (weight is not None and is_distributed(weight))):
-            raise RuntimeError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
-        if not x.is_floating_point():
-            raise TypeError(f"{fqn!r} takes a float tensor, got {x.dtype}")
-        if x.device.type != "cpu":
-            raise RuntimeError(f"{fqn!r} got a tensor on {x.device}: this version of cnmix computes on the CPU")
-        if torch.compiler.is_compiling() or type(x).__module__ != "torch.distributed._functional_collectives":
-            return x
-        return x.clone()  # a tensor-parallel neighbour's collective is under way: any operation but a view waits for it
-
-    def _moves_statistics(self) -> bool:
-        if self.training and self.quantizers.frozen:
-            raise RuntimeError(f"{self.quantizers.fqn!r} is frozen for integer inference: call model.eval() first")
-        if not self.training or torch.compiler.is_compiling():
-            return self.training and torch.is_grad_enabled()
-        if torch.is_grad_enabled():
-            return True
-        self.quantizers.reentrant_part = reentrant_part()  # a training step's first pass, which runs without gradients
-        return self.quantizers.reentrant_part is not None
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
@@ -203,4 +156,10 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedModule]] = {
     nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.LSTM: QuantizedLSTM,
+    nn.GRU: QuantizedGRU,
+    nn.RNN: QuantizedRNN,
+    nn.LSTMCell: QuantizedLSTMCell,
+    nn.GRUCell: QuantizedGRUCell,
+    nn.RNNCell: QuantizedRNNCell,
 }

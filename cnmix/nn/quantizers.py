@@ -16,9 +16,11 @@ from .. import kernels
 from ..adaptive import OperandQuantizer
 from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..fixed_point import FixedPoint
+from ..sequence import SequenceQuantizer
 from .module_state import check_module_state, check_trained
 from .ranks import Ranks
 from .recomputation import Calls, FirstPass, current_backward, part_of_hooks, reentrant_part, saved_tensor_hooks
+from .shared_input import LatestInput
 
 # Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
 _MOST_ASIDE = 64
@@ -29,35 +31,8 @@ _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, ModuleQuantizers] = weakref.WeakValueDictionary()
 
 
-class LatestInput:
-    """The input that was quantized last in a model, which the next module may get as well (query, key and value).
-
-    Sharing its integers saves quantizing it again, and keeping it more than once for the backward passes. Like
-    autograd, it trusts the version counter of a tensor that an operation computed.
-    """
-
-    def __init__(self) -> None:
-        self._latest: tuple[weakref.ref[Tensor], tuple[Any, ...], FixedPoint] | None = None
-
-    def find(self, x: Tensor, form: tuple[Any, ...]) -> FixedPoint | None:
-        """Returns the integers of ``x`` in this form, where they are known."""
-        latest = self._latest  # once: another thread may replace it
-        return latest[2] if latest is not None and latest[0]() is x and latest[1] == form else None
-
-    def keep(self, x: Tensor, form: tuple[Any, ...], integers: FixedPoint) -> None:
-        """Takes the place of the one before."""
-        self._latest = weakref.ref(x, self._forget), form, integers
-
-    def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        if self._latest is not None and self._latest[0] is gone:
-            self._latest = None
-
-    def __reduce__(self) -> tuple[type[LatestInput], tuple[()]]:
-        return LatestInput, ()
-
-
 class ModuleQuantizers:
-    """Quantizes the three operands of one Linear or convolution.
+    """Quantizes the three operands of one product: a Linear, a convolution, or one of several in a module.
 
     Args:
         config: the settings of all three operands, or of each.
@@ -242,24 +217,47 @@ class ModuleQuantizers:
         """
         if not training:
             return self._quantize_input(x, False), self.quantize_weight(weight, False)
-        hooks, reentrant = saved_tensor_hooks(), self.reentrant_part
-        if hooks is None and reentrant is None and current_backward() == -1:  # nearly always
-            self.ranks.forward_begins(self)
-            return self._quantize_input(x, True), self.quantize_weight(weight, True)
-        self.reentrant_part = None
-        repeated = current_backward() != -1
-        part = reentrant or (reentrant_part() if hooks is None else part_of_hooks(hooks, repeated))
-        if part is not None and repeated:
+        part, repeated = self._begin()
+        if repeated:
             call = self._calls.next(part)
             if call is not None:
                 return self.input.repeated(x, call.bits, call.position, call.step), call.weight
             state = self.input.state  # a part within a part, which torch makes anew each time
             return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False)
-        self.ranks.forward_begins(self)
         qx, qw = self._quantize_input(x, True), self.quantize_weight(weight, True)
         if part is not None:
             self._calls.add(part, FirstPass(qx.bits, qx.position, self.input.state.step, qw))
         return qx, qw
+
+    def quantize_sequence(
+        self, rows: int, columns: int, weight: Tensor, training: bool
+    ) -> tuple[SequenceQuantizer, FixedPoint]:
+        """Quantizes the weight, and returns what quantizes an input (rows, columns) time step by time step."""
+        part, repeated = self._begin() if training else (None, False)
+        if repeated:
+            call = self._calls.next(part)
+            if call is not None and call.sequence is not None:
+                return call.sequence.again(), call.weight
+            training_again = SequenceQuantizer(self.input, rows, columns, training=True, counts=False)
+            return training_again, self.quantize_weight(weight, False)
+        sequence = SequenceQuantizer(self.input, rows, columns, training, counts=training)
+        qw = self.quantize_weight(weight, training)
+        if part is not None:
+            state = self.input.state
+            self._calls.add(part, FirstPass(state.bits, state.position or 0, state.step, qw, sequence))
+        return sequence, qw
+
+    def _begin(self) -> tuple[Any, bool]:
+        """Begins a forward pass in training; returns the checkpointed part it is in, and whether it repeats one."""
+        hooks, reentrant = saved_tensor_hooks(), self.reentrant_part
+        part, repeated = None, False
+        if hooks is not None or reentrant is not None or current_backward() != -1:  # hardly ever
+            self.reentrant_part = None
+            repeated = current_backward() != -1
+            part = reentrant or (reentrant_part() if hooks is None else part_of_hooks(hooks, repeated))
+        if part is None or not repeated:
+            self.ranks.forward_begins(self)
+        return part, repeated and part is not None
 
     def _quantize_input(self, x: Tensor, training: bool) -> FixedPoint:
         quantizer = self.input

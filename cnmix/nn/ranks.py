@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..fixed_point import BITS
 from ..operand import Observation, Rounds
+from .places import quantizers_of
 from .recomputation import current_backward, in_reentrant_backward
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Ranks:
         members = {id(member) for each in self._members if (member := each()) is not None}
         for parameters in all_parameter_groups():
             owners = (each._module_info.module for each in parameters.fsdp_params)
-            if any(id(getattr(owner, "quantizers", None)) in members for owner in owners):
+            if any(id(quantizers) in members for owner in owners for _, quantizers in quantizers_of(owner)):
                 self._sharded = True
                 mesh = parameters.mesh_info.mesh
                 return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()

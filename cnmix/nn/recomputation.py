@@ -21,6 +21,7 @@ import torch
 from torch.utils import checkpoint
 
 from ..fixed_point import FixedPoint
+from ..sequence import SequenceQuantizer
 
 # Under these names the hooks of torch.utils.checkpoint hold the frame: in the first pass, and, weakly, in the repeated.
 _FIRST, _REPEATED = "frame", "target_frame_ref"
@@ -34,12 +35,14 @@ class FirstPass(NamedTuple):
         position: of the input.
         step: the step that numbers the input's random draws.
         weight: the integers of the weight.
+        sequence: what quantized the input, where that came time step by time step.
     """
 
     bits: int
     position: int
     step: int
     weight: FixedPoint
+    sequence: SequenceQuantizer | None = None
 
 
 class Calls:

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import kernels
 from ..fixed_point import FixedPoint, dequantize
-from .modules import QuantizedModule
+from .base import QuantizedModule
 
 
 def gather_integers(groups: Iterable[Any]) -> None:

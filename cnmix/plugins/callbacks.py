@@ -16,8 +16,7 @@ from torch import nn
 
 from ..adaptive import OperandQuantizer
 from ..config import OPERANDS, check_names
-from ..nn import quantized_modules
-from ..nn.modules import QuantizedModule
+from ..nn import ModuleQuantizers, quantizer_sets, quantizers_of
 from ..rules import matches, no_module_called
 from .operand_table import operand_table
 
@@ -67,7 +66,7 @@ class MonitorHooks:
             ValueError: if one of ``modules`` is no name, with the nearest known one, or nothing there is converted.
         """
         self._watched = {}
-        chosen = choose_modules(pl_module, self.modules)  # on every rank, so that all of them refuse a wrong name
+        chosen = choose_products(pl_module, self.modules)  # on every rank, so that all of them refuse a wrong name
         if not trainer.is_global_zero:
             return
         if not chosen:
@@ -76,9 +75,9 @@ class MonitorHooks:
             logger.warning("CnmixMonitor has nowhere to log to: the Trainer has no logger (logger=True makes one)")
         else:
             self._watched = {
-                f"cnmix/{fqn}/{operand}": quantizer
-                for fqn, module in chosen.items()
-                for operand, quantizer in module.quantizers
+                f"cnmix/{name}/{operand}": quantizer
+                for name, quantizers in chosen.items()
+                for operand, quantizer in quantizers
                 if operand in self.operands
             }
 
@@ -141,8 +140,7 @@ class ProgressBarHooks:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts to count."""
-        modules = [module for _, module in quantized_modules(pl_module)]
-        self._quantizers = [quantizer for module in modules for _, quantizer in module.quantizers]
+        self._quantizers = [each for _, quantizers in quantizer_sets(pl_module) for _, each in quantizers]
         self._steps = [(monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_start(trainer, pl_module)
@@ -241,13 +239,13 @@ class SummaryHooks:
         if not self._finished:
             return
         self._finished = False
-        modules = dict(quantized_modules(pl_module))
-        if not modules:
+        products = dict(quantizer_sets(pl_module))
+        if not products:
             logger.warning("CnmixSummary has nothing to print: %s", _NOTHING_CONVERTED)
             return
         from rich import get_console
 
-        get_console().print(operand_table(modules, self.max_rows, trainer.global_step))
+        get_console().print(operand_table(products, self.max_rows, trainer.global_step))
 
 
 _NOTHING_CONVERTED = (
@@ -255,14 +253,14 @@ _NOTHING_CONVERTED = (
 )
 
 
-def choose_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, QuantizedModule]:
-    """Returns the modules in fixed point that one of the patterns covers; all of them without patterns.
+def choose_products(model: nn.Module, patterns: Iterable[str]) -> dict[str, ModuleQuantizers]:
+    """Returns the quantizers of the modules that one of the patterns covers, by product; all of them without patterns.
 
     Raises:
         ValueError: for a pattern that no module's name fits, with the nearest one, or no module in fixed point; not
             where the model has none at all.
     """
-    converted = dict(quantized_modules(model))
+    converted = dict(quantizer_sets(model))
     patterns = tuple(patterns)
     if not patterns or not converted:
         return converted
@@ -273,11 +271,11 @@ def choose_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, Quant
         covered = [module for fqn, module in known.items() if matches(fqn, pattern)]
         if not covered:
             raise ValueError(f"CnmixMonitor: {no_module_called(pattern, known)}")
-        found = {id(module) for module in covered if isinstance(module, QuantizedModule)}
+        found = {id(quantizers) for module in covered for _, quantizers in quantizers_of(module)}
         if not found:
             raise ValueError(f"CnmixMonitor: nothing in {pattern!r} computes in fixed point: see cnmix.summary(model)")
         chosen |= found
-    return {fqn: module for fqn, module in converted.items() if id(module) in chosen}
+    return {name: quantizers for name, quantizers in converted.items() if id(quantizers) in chosen}
 
 
 def operand_metrics(quantizer: OperandQuantizer) -> dict[str, float]:

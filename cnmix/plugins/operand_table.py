@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 from ..config import OPERANDS
 from ..fixed_point import BITS
-from ..nn.modules import QuantizedModule
+from ..nn import ModuleQuantizers
 from ..operand import OperandState
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 
-def operand_table(modules: Mapping[str, QuantizedModule], max_rows: int, steps: int) -> Group:
-    """Returns a table with a row for each module, and the totals below it.
+def operand_table(products: Mapping[str, ModuleQuantizers], max_rows: int, steps: int) -> Group:
+    """Returns a table with a row for each product, and the totals below it.
 
     Args:
-        modules: in fixed point, by fully qualified name.
-        max_rows: modules shown; the rest is summed up in a line.
+        products: their quantizers, by name.
+        max_rows: products shown; the rest is summed up in a line.
         steps: optimizer steps of the run.
 
     Returns:
@@ -31,7 +31,7 @@ def operand_table(modules: Mapping[str, QuantizedModule], max_rows: int, steps: 
     from rich.table import Table
     from rich.text import Text
 
-    states = {fqn: [quantizer.state for _, quantizer in module.quantizers] for fqn, module in modules.items()}
+    states = {name: [quantizer.state for _, quantizer in each] for name, each in products.items()}
     table = Table(
         title="Operands in fixed point: width and step, 2^position",
         title_justify="left",
@@ -46,10 +46,10 @@ def operand_table(modules: Mapping[str, QuantizedModule], max_rows: int, steps: 
         table.add_column(operand, justify="right", no_wrap=True)
     for name in ("updates", "interval", "error"):
         table.add_column(name, justify="right", no_wrap=True)
-    for fqn, operands in list(states.items())[:max_rows]:
+    for name, operands in list(states.items())[:max_rows]:
         cells = [_format(state) for state in operands]
         table.add_row(
-            Text(fqn or "(the model)"),
+            Text(name or "(the model)"),
             *(
                 Text(cell, "bold red" if state.exceeds_max_bitwidth else "")
                 for cell, state in zip(cells, operands, strict=True)

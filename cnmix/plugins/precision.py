@@ -21,7 +21,7 @@ from .. import state
 from ..amp import initialize
 from ..checkpoint import find_state
 from ..config import QuantizeConfig, check_names
-from ..nn import quantized_modules
+from ..nn import module_name, quantizer_sets
 from ..nn.half import frame
 from ..nn.ranks import resting_parameters
 from ..registry import unwrap
@@ -233,9 +233,9 @@ class FixedPointPrecision(metaclass=_Explained):
     def _tell_steps(self, model: Module, steps: int) -> None:
         book = RuleBook(model, self.rules)
         config = find_level(self.opt_level).configure({**self.settings, "steps_per_epoch": steps})
-        for _, module in quantized_modules(model):
-            chosen = book.configure(module, config)["input"].steps_per_epoch
-            module.quantizers.change_settings(steps_per_epoch=chosen)
+        for name, quantizers in quantizer_sets(model):
+            chosen = book.configure(model.get_submodule(module_name(name)), config)["input"].steps_per_epoch
+            quantizers.change_settings(steps_per_epoch=chosen)
 
     def _check_module(self, module: Module, saved: dict[str, Any]) -> None:
         if find_level(self.opt_level).quantizes and saved["modules"]:
@@ -314,8 +314,8 @@ class FixedPointTrainerPrecision(FixedPointPrecision):
             logger.info("loading a cnmix state: %s takes that of %s", own, saved)
             checkpoint[own] = checkpoint[saved]
             return
-        modules = [each for module in self._live_modules() for _, each in quantized_modules(module)]
-        trained = any(quantizer.state.step for each in modules for _, quantizer in each.quantizers)
+        sets = [quantizers for module in self._live_modules() for _, quantizers in quantizer_sets(module)]
+        trained = any(quantizer.state.step for quantizers in sets for _, quantizer in quantizers)
         logger.warning(
             "loading a checkpoint without a cnmix state (of a run without the plugin, or weights only): operands %s",
             "stay as they are, not as they were when it was saved" if trained else "start anew",

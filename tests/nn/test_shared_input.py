@@ -8,7 +8,7 @@ from torch import nn
 
 import cnmix
 from cnmix.nn import ModuleQuantizers, quantized_modules
-from cnmix.nn.quantizers import LatestInput
+from cnmix.nn.shared_input import LatestInput
 
 
 class Heads(nn.Module):

@@ -112,7 +112,17 @@ class Hidden(nn.Linear):
     forward = unwrapped(nn.Linear.forward)
 
 
-CONVERTED = [Named, Scaled, ScaledTwice, RectifiedConv, Keyword, Decorated]
+class OutputAlone(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class Permuted(nn.LSTM):
+    def permute_hidden(self, hx, permutation):
+        return hx
+
+
+CONVERTED = [Named, Scaled, ScaledTwice, RectifiedConv, Keyword, Decorated, OutputAlone]
 FLOAT = {
     Masked: "a subclass of Linear with a forward of its own, which does not call super().forward",
     MaskedScaled: "a subclass of Linear with a forward of its own, which does not call super().forward",
@@ -121,7 +131,8 @@ FLOAT = {
     Standardized: "a subclass of Conv2d with a _conv_forward of its own",
     Taken: "a subclass of Linear with an attribute 'quantizers' of its own, a name that cnmix uses",
     NonDynamicallyQuantizableLinear: "nn.MultiheadAttention multiplies by its weight without calling it",
-    nn.LSTM: "LSTM is not converted in this version",
+    Permuted: "a subclass of LSTM with a permute_hidden of its own",
+    nn.MultiheadAttention: "MultiheadAttention is not converted in this version",
 }
 
 

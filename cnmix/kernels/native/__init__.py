@@ -28,7 +28,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 8
+_ABI = 9
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -159,11 +159,12 @@ def quantize(
     measure: bool,
     channel_dim: int | None = None,
     checksum: bool = False,
+    start: int = 0,
 ) -> Statistics:
     """Quantizes dense float32 or bfloat16 memory into ``out`` of the same layout.
 
     A position of None chooses the one that fits. ``channel_dim`` asks for the sums over all other dimensions,
-    ``checksum`` for that of the memory.
+    ``checksum`` for that of the memory; ``start`` is the index of the first element in the stream.
     """
     found = FoundStatistics()
     sums = None if channel_dim is None else torch.empty(x.shape[channel_dim], dtype=torch.float32)
@@ -180,6 +181,7 @@ def quantize(
         _ROUNDING[rounding],
         seed & 0xFFFFFFFFFFFFFFFF,
         stream,
+        start,
         measure,
         checksum,
         0 if sums is None else sums.numel(),
@@ -332,7 +334,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in {
         "cnmix_quantize": [
             *(pointer, whole, pointer, long, whole, whole, whole, whole),
-            *(ctypes.c_uint64, ctypes.c_uint64, whole, whole, long, long, pointer, pointer),
+            *(ctypes.c_uint64, ctypes.c_uint64, long, whole, whole, long, long, pointer, pointer),
         ],
         "cnmix_quantize_batch": [
             *(pointer, pointer, whole, pointer, whole, ctypes.c_uint64, ctypes.c_uint64, whole, pointer),

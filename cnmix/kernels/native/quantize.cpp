@@ -288,12 +288,13 @@ void quantize_one(const Source& source, void* out, int64_t n, int64_t start, boo
 }  // namespace
 
 // Quantizes n floats, float32 or (x_bytes 2) bfloat16, into `out`, of the width's integer type. With `choose`, the position
-// is the one that fits; the output is undefined where the largest magnitude is not finite. `channel_sums` may be null.
+// is the one that fits; the output is undefined where the largest magnitude is not finite. Random numbers are those from the
+// element `start` of the stream on. `channel_sums` may be null.
 CNMIX_API void cnmix_quantize(const void* x, int x_bytes, void* out, int64_t n, int bits, int choose, int position,
-                              int rounding, uint64_t seed, uint64_t stream, int measure, int checksum, int64_t channels,
-                              int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
+                              int rounding, uint64_t seed, uint64_t stream, int64_t start, int measure, int checksum,
+                              int64_t channels, int64_t inner, float* channel_sums, CnmixStatistics* statistics) {
   const Request request{bits, rounding, seed, stream, measure != 0, checksum != 0, {channels, inner, channel_sums}};
-  quantize_one({x, x_bytes == 2}, out, n, 0, choose != 0, position, request, statistics);
+  quantize_one({x, x_bytes == 2}, out, n, start, choose != 0, position, request, statistics);
 }
 
 // A batch of tensors, as they lie in memory. Mirrored by _FloatBatch in native/__init__.py.

@@ -1,0 +1,110 @@
+"""Compares a training step of recurrent layers in fixed point with torch's own in float32.
+
+    python benchmarks/recurrent.py --kinds LSTM GRU
+
+One layer, forward and backward pass, at the same sizes for both, in turns. "between updates" are the steps on which no
+operand is measured, nearly all of a training; "updating" those on which all of them are. ``--profile`` prints where the
+time between updates goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import cProfile
+import pstats
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import describe, machine, save_json, table
+from torch import Tensor, nn
+
+from cnmix import QuantizeConfig
+from cnmix.nn import convert
+
+OUTPUT = Path(__file__).parent / "results" / "recurrent.json"
+KINDS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+# Both stay at one width, for the time depends on it.
+ARMS = {
+    "between updates": {"mode": "fixed_interval", "interval": 10_000, "quantify_rate": 0.0},
+    "updating": {"online": True},
+}
+
+
+def step(module: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Returns the seconds of a forward and of a backward pass."""
+    start = time.perf_counter()
+    y, _ = module(x)
+    middle = time.perf_counter()
+    y.sum().backward()
+    return middle - start, time.perf_counter() - middle
+
+
+def run_kind(kind: str, hidden: int, length: int, batch: int, bits: int, repeats: int) -> dict[str, list[float]]:
+    """Returns the median seconds of forward and backward pass, of float32 and of each arm."""
+    torch.manual_seed(0)
+    plain = KINDS[kind](hidden, hidden)
+    arms = {"float32": plain}
+    for name, settings in ARMS.items():
+        arms[name] = copy.deepcopy(plain)
+        convert(arms[name], QuantizeConfig(bitwidth=bits, max_bitwidth=bits, **settings))
+    x = torch.randn(length, batch, hidden, requires_grad=True)
+    for module in arms.values():
+        step(module, x)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, module in arms.items():
+            found[name].append(step(module, x))
+    return {name: [statistics.median(each) for each in zip(*measured, strict=True)] for name, measured in found.items()}
+
+
+def profile(kind: str, hidden: int, length: int, batch: int, bits: int) -> None:
+    """Prints where the time between updates goes."""
+    module = KINDS[kind](hidden, hidden)
+    convert(module, QuantizeConfig(bitwidth=bits, max_bitwidth=bits, **ARMS["between updates"]))
+    x = torch.randn(length, batch, hidden, requires_grad=True)
+    step(module, x)
+    profiler = cProfile.Profile()
+    profiler.runcall(step, module, x)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(15)
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--hidden", type=int, default=512, help="size of input and hidden state")
+    parser.add_argument("--length", type=int, default=128, help="time steps")
+    parser.add_argument("--batch", type=int, default=32, help="sequences")
+    parser.add_argument("--bits", type=int, default=8, choices=(8, 16, 31), help="width of every operand")
+    parser.add_argument("--repeats", type=int, default=7, help="measured steps of each")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing else")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sizes = args.hidden, args.length, args.batch, args.bits
+    if args.profile:
+        for kind in args.kinds:
+            profile(kind, *sizes)
+        return
+    found = machine()
+    print(describe(found))
+    result: dict[str, Any] = {"benchmark": "recurrent", "machine": found, "sizes": sizes, "kinds": {}}
+    rows = []
+    for kind in args.kinds:
+        times = result["kinds"][kind] = run_kind(kind, *sizes, args.repeats)
+        for name, (forward, backward) in times.items():
+            ratio = sum(times["float32"]) / (forward + backward)
+            row = [kind, name, f"{1e3 * forward:.0f}", f"{1e3 * backward:.0f}", f"{ratio:.2f} ×"]
+            rows.append(row)
+    title = f"hidden {args.hidden}, {args.length} time steps, batch {args.batch}, int{args.bits}"
+    table(title, ["layer", "arm", "ms forward", "ms backward", "of float32's speed"], rows)
+    print(save_json(args.output, result))
+
+
+if __name__ == "__main__":
+    main()
