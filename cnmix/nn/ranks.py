@@ -82,7 +82,7 @@ class Ranks:
 
     def states_were_loaded(self) -> None:
         """Has this round end with a decision, before which nobody knows how many rounds the new states are to last."""
-        self._next_collective = self._rounds.present
+        self._next_collective, self._last_collective = self._rounds.present, self._rounds.present - 1
 
     def forward_begins(self, member: ModuleQuantizers) -> None:
         """Is called before a module quantizes for a training step."""
