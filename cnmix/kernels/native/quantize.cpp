@@ -297,7 +297,7 @@ CNMIX_API void cnmix_quantize(const void* x, int x_bytes, void* out, int64_t n, 
   quantize_one({x, x_bytes == 2}, out, n, start, choose != 0, position, request, statistics);
 }
 
-// A batch of tensors, as they lie in memory. Mirrored by _FloatBatch in native/__init__.py.
+// A batch of tensors, as they lie in memory. Mirrored by _FloatBatch in native/structures.py.
 struct CnmixFloatBatch {
   const void* data;
   int64_t bytes;          // of one value: 4 float32, 2 bfloat16
