@@ -168,10 +168,16 @@ class OperandQuantizer:
         if self.observation is not None:
             self.observe(self.observation.rounds)
 
-    def observe(self, rounds: Rounds) -> None:
-        """Begins to decide together with other processes, in the rounds of all of them."""
-        self.observation = Observation(self.state.step, rounds, rounds.present)
-        self._await_update(1)
+    def observe(self, rounds: Rounds, steps_per_round: float = 1.0) -> None:
+        """Begins anew to note what this process sees, and to decide together with others.
+
+        Args:
+            rounds: those of all processes; the next update comes in one of them.
+            steps_per_round: steps that the operand takes in a round.
+        """
+        quiet = max(self.state.next_update - self.state.step, 0)
+        due_round = rounds.present + math.ceil(quiet / steps_per_round)
+        self.observation = Observation(self.state.step, rounds, due_round)
 
     def agree(self, step: int, seen: Observation, steps_per_round: float) -> None:
         """Takes what all processes saw together, which gives each of them the same state, and begins anew to observe.
@@ -190,15 +196,7 @@ class OperandQuantizer:
             self._adopt(bits, choose_position(seen.absmax, bits), error)
         elif self.config.saturation is not None:
             self._look_for_saturation()
-        self.observation = Observation(step, seen.rounds)
-        self._await_update(steps_per_round)
-
-    def _await_update(self, steps_per_round: float) -> None:
-        """Sets the round of the next update, from the steps until then."""
-        state, observation = self.state, self.observation
-        if observation is not None:
-            quiet = max(state.next_update - state.step, 0)
-            observation.due_round = observation.rounds.present + math.ceil(quiet / steps_per_round)
+        self.observe(seen.rounds, steps_per_round)
 
     @property
     def _seed(self) -> int:
@@ -230,7 +228,7 @@ class OperandQuantizer:
         if self.observation is None:
             self._adopt(bits, quantized.position, error)
         else:
-            self._observe(found.absmax, differences)
+            self.observation.add(found.absmax, differences)
         rounding = self.rounding(training=True)
         if rounding == "nearest_even":
             return quantized, found
@@ -266,16 +264,6 @@ class OperandQuantizer:
         self._schedule(position, error, widened=bits - self.state.bits)
         self.state.bits = bits
         self.state.exceeds_max_bitwidth = error > self.config.threshold_for(self.product)
-
-    def _observe(self, absmax: float, differences: Mapping[int, tuple[float, float]]) -> None:
-        """Adds what an update step measured to what this process saw."""
-        observation = self.observation
-        if observation is None:
-            return
-        observation.absmax = max(observation.absmax, absmax)
-        for bits, (difference, magnitude) in differences.items():
-            before = observation.sums.get(bits, (0.0, 0.0))
-            observation.sums[bits] = before[0] + difference, before[1] + magnitude
 
     def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""

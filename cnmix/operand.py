@@ -86,6 +86,13 @@ class Observation:
         """Whether this round measures."""
         return self.rounds.present >= self.due_round
 
+    def add(self, absmax: float, sums: Mapping[int, tuple[float, float]]) -> None:
+        """Adds what an update step measured: the largest magnitude, and the two sums at each width."""
+        self.absmax = max(self.absmax, absmax)
+        for bits, (difference, magnitude) in sums.items():
+            before = self.sums.get(bits, (0.0, 0.0))
+            self.sums[bits] = before[0] + difference, before[1] + magnitude
+
     def error(self, bits: int) -> float | None:
         """Returns the quantization error at a width, None where it was not measured."""
         return relative_error(*self.sums[bits]) if bits in self.sums else None

@@ -256,7 +256,7 @@ class ModuleQuantizers:
             repeated = current_backward() != -1
             part = reentrant or (reentrant_part() if hooks is None else part_of_hooks(hooks, repeated))
         if part is None or not repeated:
-            self.ranks.forward_begins(self)
+            self.ranks.forward_begins()
         return part, repeated and part is not None
 
     def _quantize_input(self, x: Tensor, training: bool) -> FixedPoint:

@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +84,7 @@ class Ranks:
         """Has this round end with a decision, before which nobody knows how many rounds the new states are to last."""
         self._next_collective, self._last_collective = self._rounds.present, self._rounds.present - 1
 
-    def forward_begins(self, member: ModuleQuantizers) -> None:
+    def forward_begins(self) -> None:
         """Is called before a module quantizes for a training step."""
         if not dist.is_available() or not dist.is_initialized():
             if self.group is not None or self._chosen is not None:
@@ -92,7 +92,6 @@ class Ranks:
                 self._leave()
             return
         if self._nested:  # the backward pass before ran in checkpointed parts alone, which end before it does
-            self._nested = False
             self._end_round()
         group = self._find_group()
         if group is not self.group:
@@ -252,25 +251,24 @@ class Ranks:
         return Ranks, ()
 
 
-def parameter_groups(module: nn.Module) -> list[Any]:
-    """Returns torch's groups of parameters of a module that ``fully_shard`` was called on; none for another one."""
-    if not is_fully_sharded(type(module)):
-        return []
-    state = module._get_fsdp_state()  # type: ignore[operator]
-    groups = getattr(state, "_fsdp_param_groups", None)  # a single one until torch 2.11
-    return list(groups) if groups is not None else [each for each in [state._fsdp_param_group] if each is not None]
+def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """Yields torch's groups of parameters of those modules that ``fully_shard`` was called on."""
+    for module in modules:
+        if is_fully_sharded(type(module)):
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            groups = getattr(state, "_fsdp_param_groups", None)  # a single one until torch 2.11
+            yield from (each for each in ([state._fsdp_param_group] if groups is None else groups) if each is not None)
 
 
 def all_parameter_groups() -> Iterator[Any]:
     """Yields the groups of all modules of the process that ``fully_shard`` was called on."""
     states = sys.modules.get("torch.distributed._composable_state")  # where it was not imported, there are none
-    for module in list(getattr(states, "_module_state_mapping", ())):
-        yield from parameter_groups(module)
+    return parameter_groups(list(getattr(states, "_module_state_mapping", ())))
 
 
 def fully_sharded_modules(model: nn.Module) -> set[nn.Module]:
     """Returns the modules whose parameters ``fully_shard`` alone has split, which it puts together to compute."""
-    groups = [group for module in model.modules() for group in parameter_groups(module)]
+    groups = parameter_groups(model.modules())
     return {each._module_info.module for group in groups for each in group.fsdp_params if not each.is_dtensor}
 
 
@@ -279,10 +277,9 @@ def resting_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     In between ``fully_shard`` puts whole ones in the place of the parts that have gradients and that optimizers know.
     """
-    groups = [group for module in model.modules() for group in parameter_groups(module)]
     parts = {
         id(each._unsharded_param): each.sharded_param
-        for group in groups
+        for group in parameter_groups(model.modules())
         for each in group.fsdp_params
         if hasattr(each, "_unsharded_param")
     }
