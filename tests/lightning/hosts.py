@@ -11,6 +11,17 @@ from cnmix.nn import quantized_modules
 
 PACKAGES = ("lightning", "pytorch_lightning")
 BATCHES, BATCH = 6, 4
+# What a Trainer leaves out in a test.
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
 
 
 class Host:
@@ -36,17 +47,7 @@ class Host:
         self.Task = task_class(self.pl)
 
     def trainer(self, folder, plugins, **settings):
-        defaults = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": folder,
-        }
+        defaults = {**QUIET, "default_root_dir": folder}
         return self.pl.Trainer(plugins=plugins, **{**defaults, **settings})
 
     def start(self, plugin, **settings):

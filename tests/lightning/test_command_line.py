@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import yaml
-from hosts import BATCHES, loader
+from hosts import BATCHES, QUIET, loader
 from torch import nn
 
 from cnmix.nn import QuantizedLinear, quantized_modules
@@ -25,16 +25,7 @@ def run(host, tmp_path, monkeypatch):
         def train_dataloader(self):
             return loader()
 
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(tmp_path),
-    }
+    quiet = {**QUIET, "default_root_dir": str(tmp_path)}
 
     def start(*args, plugins=None):
         trainer = {**quiet} if plugins is None else {**quiet, "plugins": plugins}
