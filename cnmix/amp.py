@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .config import OperandConfigs, Product, QuantizeConfig
-from .nn import QUANTIZED_CLASSES, QuantizedModule, quantized_modules, quantizer_sets, quantizers_of
-from .nn.convert import find_conversion, is_convertible, name_modules, plain_class, product_names, revert
+from .nn import (
+    QUANTIZED_CLASSES,
+    QuantizedModule,
+    callers,
+    plan_functions,
+    quantized_modules,
+    quantizer_sets,
+    quantizers_of,
+)
+from .nn.callers import is_caller
+from .nn.classes import find_conversion, multiplies_by_functions, plain_class
+from .nn.convert import is_convertible, name_modules, product_names, revert
 from .nn.module_state import check_widths
 from .optim import LossScaler, attach_scalers, check_scalers, gradients_of, scalers_of
 from .registry import Setup, registry, unwrap
@@ -114,7 +124,9 @@ def initialize(
         configs = level.check(model, config, all_rules)
         if not known:
             _check_parts(model, setup, all_rules)
-            _check_waiting(model, configs, registry.waiting_models[len(new_models) :][:1])
+            functions = plan_functions(model, config, all_rules) if level.quantizes else {}
+            calling = {fqn for fqn, settings in functions.items() if settings is not None}
+            _check_waiting(model, configs, registry.waiting_models[len(new_models) :][:1], calling)
             new_models.append(model)
             if level.quantizes and not configs and not any(quantized_modules(model)):
                 which = "left of" if any(is_convertible(module) for module in model.modules()) else "in"
@@ -224,6 +236,8 @@ def set_settings(products: Sequence[Product], changes: Mapping[str, Any]) -> Non
         for _, quantizers in quantizer_sets(model):
             if quantizers.product in products:
                 quantizers.change_settings(**changes)
+        for _, _, functions in callers(model):
+            functions.change_settings(products, **changes)
     for product in products:
         registry.settings[product].update(changes)
 
@@ -268,7 +282,7 @@ def _new_scalers(
 
 
 def _check_waiting(
-    model: nn.Module, configs: Mapping[str, OperandConfigs], waiting: Sequence[Mapping[str, Any]]
+    model: nn.Module, configs: Mapping[str, OperandConfigs], waiting: Sequence[Mapping[str, Any]], calling: set[str]
 ) -> None:
     """Refuses a state that waits for this model and does not fit it."""
     for state in waiting:
@@ -277,7 +291,7 @@ def _check_waiting(
             present.update(dict.fromkeys(product_names(fqn, model.get_submodule(fqn)), chosen))
         if state["strict"]:
             try:
-                check_names_fit(type(model).__name__, set(present), state)
+                check_names_fit(type(model).__name__, set(present), state, calling)
             except ValueError as error:
                 raise ValueError(
                     f"{error} (it was loaded before and waits for this model; to drop it: "
@@ -290,16 +304,21 @@ def _check_waiting(
 def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
     """Refuses rules without effect, and a model with parts that another call converted with other settings."""
     book, parts = RuleBook(model, rules), dict(quantized_modules(model))
-    convertible = [module for module in model.modules() if is_convertible(module)]
+    convertible = [module for module in model.modules() if is_convertible(module) or is_caller(module)]
     if setup.level.quantizes:
         book.check_effect([*convertible, *parts.values()])
-    for fqn, module in parts.items():
+    calling = {fqn: (module, functions) for fqn, module, functions in callers(model)}
+    initialized: dict[str, nn.Module] = {**parts, **{fqn: module for fqn, (module, _) in calling.items()}}
+    for fqn, module in initialized.items():
         asked = book.configure(module, setup.config)
         half = None if setup.activations == torch.float32 else setup.activations
         same = setup.level.quantizes and not book.why_left_out(module)
+        settings = [quantizers.configs for _, quantizers in quantizers_of(module)]
+        settings += calling[fqn][1].configs.values() if fqn in calling else []
         for _, quantizers in quantizers_of(module):
-            same &= quantizers.output_dtype == half
-            for operand, now in quantizers.configs.items():  # the steps in an epoch may have been told later
+            same &= quantizers.of_function or quantizers.output_dtype == half
+        for configs in settings:
+            for operand, now in configs.items():  # the steps in an epoch may have been told later
                 same &= now == asked[operand].replace(steps_per_epoch=now.steps_per_epoch)
         if not same:
             raise ValueError(
@@ -340,7 +359,8 @@ def _report_subclasses(model: nn.Module, rules: Sequence[Rule]) -> None:
         derived = any(isinstance(module, kind) for kind in QUANTIZED_CLASSES) and not isinstance(
             module, QuantizedModule
         )
-        reason = find_conversion(plain_class(module))[1] if derived and module not in inside else ""
+        silent = module in inside or multiplies_by_functions(plain_class(module))
+        reason = "" if silent or not derived else find_conversion(plain_class(module))[1]
         if reason and not book.why_left_out(module):
             left.setdefault(f"{plain_class(module).__name__} is {reason}", set()).add(fqn)
     for reason, names in left.items():

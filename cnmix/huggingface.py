@@ -18,7 +18,7 @@ from torch import nn
 
 from . import inference
 from .amp import initialize
-from .nn import quantizer_sets
+from .nn import set_steps_per_epoch
 from .nn.half import frame
 from .rules import Rule, leave_out, parse_rules
 from .state import load_state_dict, state_dict
@@ -103,8 +103,7 @@ class CnmixCallback(TrainerCallback, ExportableState):
         # The Trainer looks for an entry where it saves; a checkpoint without this callback brought none.
         state.stateful_callbacks.setdefault(type(self).__name__, {})
         if "steps_per_epoch" not in self.settings and _has_length(train_dataloader):
-            for _, quantizers in quantizer_sets(model):
-                quantizers.change_settings(steps_per_epoch=max(1, len(train_dataloader)))
+            set_steps_per_epoch(model, lambda fqn: max(1, len(train_dataloader)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Follows ``load_best_model_at_end``, and leaves the state for ``trainer.save_state()``."""

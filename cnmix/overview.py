@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from .nn import QUANTIZED_CLASSES, QuantizedModule, product_name, quantizer_sets
-from .nn.convert import find_conversion, is_convertible, plain_class
+from .nn import QUANTIZED_CLASSES, QuantizedModule, module_name, product_name, quantizer_sets
+from .nn.classes import find_conversion, multiplies_by_functions, plain_class
+from .nn.convert import is_convertible
+from .nn.function_calls import function_products
 from .registry import registry, unwrap
 from .rules import RuleBook
 from .tables import format_table
@@ -127,6 +129,11 @@ def summary(model: nn.Module, *example: Any) -> Summary:
             bits = [quantizer.state.bits for _, quantizer in quantizers.get(name, ())]
             widths = (bits[0], bits[1], bits[2]) if bits else None
             rows.append(SummaryRow(name, kind, product, shape, seen.get(fqn), widths, macs, reason))
+    for name, each in quantizers.items():
+        if each.of_function:
+            kind = plain_class(model.get_submodule(module_name(name))).__name__
+            bits = [quantizer.state.bits for _, quantizer in each]
+            rows.append(SummaryRow(name, kind, each.product, None, None, (bits[0], bits[1], bits[2]), None, ""))
     return Summary(tuple(rows))
 
 
@@ -135,9 +142,14 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _reason(module: nn.Module, left_out: str) -> str:
+    kind = plain_class(module)
     if is_convertible(module):
         return left_out or "came after initialize: call it again"
-    return find_conversion(plain_class(module))[1]
+    if isinstance(module, nn.MultiheadAttention) or multiplies_by_functions(kind):
+        if function_products(module) is None:
+            return left_out or "came after initialize: call it again"
+        return "the functions that it calls go to the core, and are listed once they have been trained"
+    return find_conversion(kind)[1]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .nn import quantizer_sets
+from .nn import callers, forget_functions, make_products, module_name, quantizer_sets
 from .nn.module_state import check_module_state, check_widths, upgrade_module_state
 from .optim import check_scalers
 from .registry import registry, unwrap
@@ -31,7 +31,7 @@ def state_dict(model: nn.Module | None = None) -> dict[str, Any]:
     Returns:
         ``{"version", "models": [{"modules": {fqn: {"settings", "operands", "drawn_weight"}}}], "loss_scalers"}``,
         with a list of loss scales for each optimizer. A module with several products has an entry for each:
-        ``"lstm..l0.input"``.
+        ``"lstm..l0.input"``, and ``"attention..forward+12:matmul"`` for a function that its forward pass calls.
     """
     chosen = list(registry.models) if model is None else [unwrap(model)]
     scalers = list(registry.optimizers.values()) if model is None else []
@@ -145,25 +145,39 @@ def upgrade(state: Any) -> dict[str, Any]:
     return {"version": STATE_VERSION, "models": models, "loss_scalers": scales}
 
 
-def check_names_fit(model: str, present: set[str], saved: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming them, unless the modules in fixed point are those of the saved model."""
-    different = _differences(present, saved)
+def check_names_fit(model: str, present: set[str], saved: Mapping[str, Any], calling: set[str]) -> None:
+    """Raises ValueError, naming them, unless the modules in fixed point are those of the saved model.
+
+    Args:
+        model: name of the model's class.
+        present: names of the products of its modules.
+        saved: the model's state.
+        calling: names of the modules that call functions, whose products come to be as they are called.
+    """
+    different = _differences(present, saved, calling)
     if different:
         raise ValueError(f"the cnmix state does not fit this {model}: {'; '.join(different)}")
 
 
 def check_fits(model: nn.Module, saved: Mapping[str, Any], strict: bool = True) -> list[str]:
     """Raises ValueError where a model's state does not fit; returns what of it a loading that is not strict leaves."""
-    present = dict(quantizer_sets(model))
+    present = {name: quantizers for name, quantizers in quantizer_sets(model) if not quantizers.of_function}
+    calling = {fqn for fqn, _, _ in callers(model)}
     if strict:
-        check_names_fit(type(model).__name__, set(present), saved)
+        check_names_fit(type(model).__name__, set(present), saved, calling)
     for name in sorted({*present} & {*saved["modules"]}):
         check_widths(saved["modules"][name], name, present[name].configs)
-    return _differences(set(present), saved)
+    return _differences(set(present), saved, calling)
 
 
 def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Gives the quantizers of each product their saved state, where there is one."""
+    """Gives the quantizers of each product their saved state, where there is one.
+
+    The products of functions are then those that the saved run had called.
+    """
+    for _, module in model.named_modules():
+        forget_functions(module)
+    make_products(model, saved["modules"])
     for name, quantizers in quantizer_sets(model):
         if name in saved["modules"]:
             quantizers.load_state_dict(saved["modules"][name])
@@ -176,11 +190,20 @@ def first_names(names: set[str], limit: int = 5) -> str:
 
 
 def _model_state(model: nn.Module) -> dict[str, Any]:
-    return {"modules": {name: quantizers.state_dict() for name, quantizers in quantizer_sets(model)}}
+    sets = quantizer_sets(model)
+    # A function that was called in evaluation alone has learned nothing.
+    return {
+        "modules": {
+            name: quantizers.state_dict()
+            for name, quantizers in sets
+            if not quantizers.of_function or quantizers.input.state.step
+        }
+    }
 
 
-def _differences(present: set[str], saved: Mapping[str, Any]) -> list[str]:
-    stored, parts = set(saved["modules"]), []
+def _differences(present: set[str], saved: Mapping[str, Any], calling: set[str]) -> list[str]:
+    functions = {name for name in {*saved["modules"]} - present if module_name(name) in calling - {name}}
+    stored, parts = set(saved["modules"]) - functions, []
     if stored - present:
         parts.append(f"the state has {first_names(stored - present)}, which the model does not compute in fixed point")
     if present - stored:

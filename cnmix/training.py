@@ -29,6 +29,7 @@ from . import checkpoint
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
 from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar
+from .nn.callers import is_caller
 from .nn.module_state import check_widths
 from .recipe import (
     build_model,
@@ -261,7 +262,8 @@ def _check_resumable(
     if before != level:
         raise ValueError(f"{file} was trained at {before} and not {level}: go on with cnmix.opt_level={before}")
     states = saved["cnmix"]["models"] or [{"modules": {}}]
-    check_names_fit(type(model).__name__, set(modules), states[0])
+    calling = {fqn for fqn, module in model.named_modules() if is_caller(module)}
+    check_names_fit(type(model).__name__, set(modules), states[0], calling)
     for fqn, configs in modules.items():
         check_widths(states[0]["modules"][fqn], fqn, configs)
     if saved["epoch"] + 1 >= epochs:

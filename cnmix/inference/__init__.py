@@ -13,7 +13,15 @@ from torch import nn
 
 from ..checkpoint import check, load
 from ..config import QuantizeConfig
-from ..nn import convert, convertible_products, module_name, quantized_modules, quantizer_sets, quantizers_of
+from ..nn import (
+    convert,
+    convertible_products,
+    module_name,
+    plan_functions,
+    quantized_modules,
+    quantizer_sets,
+    quantizers_of,
+)
 from ..nn.convert import is_convertible
 from ..nn.module_state import check_trained
 from ..rules import leave_out
@@ -49,7 +57,8 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
     stays_float = [fqn for fqn, module in model.named_modules() if is_convertible(module) and fqn not in trained]
     rules = leave_out(stays_float)
     present = {*convertible_products(model, rules), *(name for name, _ in quantizer_sets(model))}
-    check_names_fit(type(model).__name__, present, state["models"][0])
+    calling = {fqn for fqn, settings in plan_functions(model, QuantizeConfig(), rules).items() if settings}
+    check_names_fit(type(model).__name__, present, state["models"][0], calling)
     configs = {
         name: {operand: QuantizeConfig().replace(**settings) for operand, settings in saved[name]["settings"].items()}
         for name in saved
@@ -71,10 +80,12 @@ def freeze(model: Model) -> Model:
         ValueError: if a module took no part in training, naming it.
     """
     for _, quantizers in quantizer_sets(model):
-        quantizers.check_trained()
+        if not quantizers.of_function:
+            quantizers.check_trained()
     model.eval()
     for _, module in quantized_modules(model):
         names = module.places(module)
         for place, quantizers in quantizers_of(module):
-            quantizers.freeze(getattr(module, names[place]))
+            if place in names:
+                quantizers.freeze(getattr(module, names[place]))
     return model

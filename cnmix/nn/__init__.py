@@ -2,7 +2,8 @@
 
 from ..config import OPERANDS
 from .base import QuantizedModule
-from .convert import convert, convertible_modules, convertible_products, quantized_modules
+from .callers import callers, forget_functions, make_products, set_steps_per_epoch
+from .convert import convert, convertible_modules, convertible_products, plan_functions, quantized_modules
 from .modules import (
     QUANTIZED_CLASSES,
     QuantizedBilinear,
@@ -44,12 +45,17 @@ __all__ = [
     "QuantizedModule",
     "QuantizedRNN",
     "QuantizedRNNCell",
+    "callers",
     "convert",
     "convertible_modules",
     "convertible_products",
+    "forget_functions",
+    "make_products",
     "module_name",
+    "plan_functions",
     "product_name",
     "quantized_modules",
     "quantizer_sets",
     "quantizers_of",
+    "set_steps_per_epoch",
 ]

@@ -1,31 +1,23 @@
-"""Converts a model's modules that multiply by weights, in place."""
+"""Converts a model's modules that multiply by weights, and functions that its modules call, in place."""
 
 from __future__ import annotations
 
-import copyreg
-import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
 from .base import NO_TENSOR_PARALLELISM, QuantizedModule, is_distributed
+from .callers import callers, install, is_caller, uninstall
+from .classes import converted_class, find_conversion, plain_class, set_class
 from .half import use_float32
-from .modules import QUANTIZED_CLASSES
-from .places import ATTRIBUTES, attach, detach, product_name, quantizer_sets, quantizers_of
+from .places import attach, detach, product_name, quantizer_sets, quantizers_of
 from .quantizers import ModuleQuantizers
-from .ranks import Ranks, fully_sharded_modules, is_fully_sharded
+from .ranks import Ranks, fully_sharded_modules
 from .shared_input import LatestInput
-
-# Methods that torch's forward passes call and ours do not: a subclass may have one of its own.
-_NOT_CALLED = ("_conv_forward", "check_input", "check_hidden_size", "check_forward_args", "permute_hidden")
 
 
 def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -> list[str]:
@@ -34,7 +26,8 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     Modules and parameters stay the same objects and ``state_dict`` keeps its keys. Modules that are converted already
     are left as they are. A parametrized module (weight norm, spectral norm) quantizes the weight that its
     parametrization computes; a subclass stays one (see ``find_conversion``); a lazy module begins with the first
-    forward pass, which gives it its weights. Everything is checked before anything is changed.
+    forward pass, which gives it its weights. Functions that multiply, where a forward pass of the user's calls them, go
+    to the core too (see ``function_mode``). Everything is checked before anything is changed.
 
     Args:
         model: the model; may itself be one of those modules.
@@ -47,19 +40,20 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     Raises:
         ValueError: as ``convertible_modules`` does.
     """
-    planned = plan(model, config, rules)
+    planned, functions = plan(model, config, rules), plan_functions(model, config, rules)
     latest_input = LatestInput()
     ranks = next((quantizers.ranks for _, quantizers in quantizer_sets(model)), None) or Ranks()
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
-        converted = _converted_class(plain_class(module))
+        converted = converted_class(plain_class(module))
         name = fqn or type(module).__name__
         by_place = {
             place: ModuleQuantizers(configs, converted.product, product_name(name, place), latest_input, ranks)
             for place in converted.places(module)
         }
         attach(module, by_place)
-        _set_class(module, converted)
+        set_class(module, converted)
+    install(model, functions, latest_input, ranks)
     for module in model.modules():
         # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
         if isinstance(module, nn.TransformerEncoderLayer) and any(quantized_modules(module)):
@@ -77,8 +71,23 @@ def plan(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()) -
     return {fqn: book.configure(module, config) for fqn, module in convertible_modules(model, rules).items()}
 
 
+def plan_functions(
+    model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
+) -> dict[str, OperandConfigs | None]:
+    """Returns the settings for functions that modules call, by the module's name; None where they are to stay float.
+
+    Raises:
+        ValueError: if the rules for a module contradict each other.
+    """
+    book = RuleBook(model, rules)
+    found = ((fqn, module) for fqn, module in model.named_modules() if is_caller(module))
+    return {fqn: None if book.why_left_out(module) else book.configure(module, config) for fqn, module in found}
+
+
 def name_modules(model: nn.Module) -> None:
     """Tells converted modules their present names, which messages use."""
+    for fqn, module, products in callers(model):
+        products.fqn = fqn or plain_class(module).__name__
     for fqn, module in model.named_modules():
         for place, quantizers in quantizers_of(module):
             quantizers.fqn = product_name(fqn or plain_class(module).__name__, place)
@@ -90,10 +99,12 @@ def revert(model: nn.Module) -> list[str]:
     Modules and parameters stay the same objects.
     """
     use_float32(model)
+    uninstall(model)
     found = dict(quantized_modules(model))
     for module in found.values():
-        _set_class(module, plain_class(module))
-        detach(module)
+        set_class(module, plain_class(module))
+    for each in model.modules():
+        detach(each)
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             relu = layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU)
@@ -150,113 +161,6 @@ def is_convertible(module: nn.Module) -> bool:
     return not isinstance(module, QuantizedModule) and find_conversion(plain_class(module))[0] is not None
 
 
-def find_conversion(kind: type[nn.Module]) -> tuple[type[QuantizedModule] | None, str]:
-    """Says how modules of a class are converted.
-
-    A subclass is converted if it keeps the forward pass of its parent in torch, or has one that calls it by
-    ``super().forward(...)``: our class takes the place in front of that parent. One that multiplies otherwise stays
-    float: it would not use what conversion gives it. A lazy module is converted as what it becomes.
-
-    Args:
-        kind: the class in the plain model, as ``plain_class`` returns it.
-
-    Returns:
-        The class of ours that computes its forward pass, and ""; or None, and the reason.
-    """
-    parent = next((each for each in kind.__mro__ if each in QUANTIZED_CLASSES), None)
-    if parent is None:
-        return None, f"{kind.__name__} is not converted in this version"
-    if issubclass(kind, NonDynamicallyQuantizableLinear):
-        return None, "nn.MultiheadAttention multiplies by its weight without calling it"
-    ours, above = QUANTIZED_CLASSES[parent], kind.__mro__[: kind.__mro__.index(parent)]
-    prefix, own_classes = f"a subclass of {parent.__name__}", ours.__mro__[: ours.__mro__.index(parent)]
-    names = {name for each in own_classes for name in vars(each) if not name.startswith("__")} | {*ATTRIBUTES}
-    for each in above:
-        if "forward" in vars(each) and not _calls_super_forward(vars(each)["forward"]):
-            return None, f"{prefix} with a forward of its own, which does not call super().forward"
-        changed = next((name for name in _NOT_CALLED if name in vars(each)), None)
-        if changed:
-            return None, f"{prefix} with a {changed} of its own"
-        taken = sorted(names & {*vars(each)} - {"forward", "extra_repr"})
-        if taken:
-            return None, f"{prefix} with an attribute {taken[0]!r} of its own, a name that cnmix uses"
-    becomes = _becomes(kind)
-    return (ours, "") if becomes is None else find_conversion(becomes)
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the module's class in the plain model, under those that parametrizations and ``fully_shard`` put over."""
-    kind = type(module)
-    while _put_over(kind):
-        kind = kind.__bases__[-1]
-    if not issubclass(kind, QuantizedModule):
-        return kind
-    return next((plain for plain, ours in QUANTIZED_CLASSES.items() if ours is kind), kind.__bases__[0])
-
-
-def _converted_class(kind: type[nn.Module]) -> type[QuantizedModule]:
-    """Returns the class for modules of a plain class: ours, or one made of a subclass and ours."""
-    ours, reason = find_conversion(kind)
-    if ours is None:
-        raise TypeError(f"{kind.__name__} is not converted: {reason}")
-    if kind in QUANTIZED_CLASSES:
-        return ours
-    for known in type.__subclasses__(kind):  # a class keeps them, weakly: each of ours is made once
-        if known.__bases__ == (kind, ours) and issubclass(known, QuantizedModule):
-            return known
-    own: dict[str, Any] = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduce}
-    becomes = _becomes(kind)
-    if becomes is not None:
-        own["cls_to_become"] = _converted_class(becomes)
-    made: type[QuantizedModule] = type(f"Quantized{kind.__name__}", (kind, ours), own)
-    return made
-
-
-def _becomes(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Returns the class that a lazy module takes in its first forward pass."""
-    return kind.cls_to_become if issubclass(kind, LazyModuleMixin) else None
-
-
-def _calls_super_forward(forward: Any) -> bool:
-    """Whether the code of a method says ``super().forward``, without following what else it calls."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and {"super", "forward"} <= {*code.co_names}
-
-
-def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """Reduces a module for pickle and copy: its class is made again from the plain one, which can be imported."""
-    plain = plain_class(module)
-    reduced: Any = plain.__reduce_ex__(module, max(protocol, 2))
-    if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-        return reduced  # the class has a way of its own
-    return _new_converted, (plain,), *reduced[2:]
-
-
-def _new_converted(kind: type[nn.Module]) -> QuantizedModule:
-    converted = _converted_class(kind)
-    return converted.__new__(converted)
-
-
-def _put_over(kind: type) -> str:
-    """Returns the prefix of the name that torch gives such a class; empty for any other class."""
-    if is_fully_sharded(kind.__bases__[0]):
-        return "FSDP"
-    parametrized = kind.__module__ == parametrize.__name__ and kind.__name__.startswith("Parametrized")
-    return "Parametrized" if parametrized else ""
-
-
-def _set_class(module: nn.Module, chosen: type[nn.Module]) -> None:
-    """Assigns a class under those that torch put over the present one."""
-    over, kind = [], type(module)
-    while prefix := _put_over(kind):
-        over.append((prefix, kind))
-        kind = kind.__bases__[-1]
-    for prefix, kind in reversed(over):
-        own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-        chosen = type(f"{prefix}{chosen.__name__}", (*kind.__bases__[:-1], chosen), own)
-    module.__class__ = chosen
-
-
 def _check_weights(chosen: dict[str, nn.Module], fully_sharded: set[nn.Module]) -> None:
     for fqn, module in chosen.items():
         split = any(parameter is not None and is_distributed(parameter) for parameter in module._parameters.values())
@@ -280,7 +184,10 @@ def _weight_dtype(module: nn.Module, name: str) -> torch.dtype | None:
 
 
 def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:
-    """Refuses a weight that a converted and a float module share: the two would compute with different values."""
+    """Refuses a weight that a converted module shares with one that is left out, which would multiply by its floats.
+
+    An embedding, and a module with code of its own, may share it.
+    """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for fqn, module in model.named_modules():
         if isinstance(module, ParametrizationList):
@@ -294,7 +201,7 @@ def _check_shared_weights(model: nn.Module, converted: set[int]) -> None:
         floating = [
             (fqn, type(module).__name__)
             for fqn, module in sharing
-            if id(module) not in converted and not isinstance(module, QuantizedModule)
+            if id(module) not in converted and is_convertible(module)
         ]
         if fixed and floating:
             fqn, kind = floating[0]

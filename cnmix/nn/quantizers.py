@@ -40,10 +40,11 @@ class ModuleQuantizers:
         fqn: fully qualified name of the module, for messages.
         latest_input: shared with the other modules of the model.
         ranks: likewise.
+        of_function: whether the product is a function's that a module calls, which comes to be when it is first called.
 
     Attributes:
-        input: quantizer of the module's input.
-        weight: quantizer of its weight.
+        input: quantizer of the module's input; of a function's left operand.
+        weight: quantizer of its weight; of a function's right operand.
         grad_output: quantizer of the gradient of its output.
         ranks: the processes that train the model.
         weight_is_integers: whether the float weight is what its integers stand for, as ``sharded`` gathers it.
@@ -53,6 +54,8 @@ class ModuleQuantizers:
         reentrant_part: the checkpointed part that the next forward pass is in, where that is its first pass and of the
             reentrant kind; see ``recomputation``.
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
+        of_function: see above.
+        keeps_weight: whether the next right operand is a parameter, whose integers serve until it changes.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ModuleQuantizers:
         fqn: str,
         latest_input: LatestInput | None = None,
         ranks: Ranks | None = None,
+        of_function: bool = False,
     ) -> None:
         configs = dict.fromkeys(OPERANDS, config) if isinstance(config, QuantizeConfig) else config
         self.product: Product = product
@@ -86,6 +90,8 @@ class ModuleQuantizers:
         self.weight_is_integers = False
         self._aside: dict[int, tuple[Tensor, Tensor]] = {}
         self._aside_count = 0
+        self.of_function = of_function
+        self.keeps_weight = not of_function
         self.handle = _register(self)
         self.ranks = ranks or Ranks()
         self.ranks.add(self)
@@ -216,18 +222,29 @@ class ModuleQuantizers:
         One that activation checkpointing repeats counts no step, and quantizes as the first one did.
         """
         if not training:
-            return self._quantize_input(x, False), self.quantize_weight(weight, False)
+            return self._quantize_input(x, False), self._quantize_right(weight, False)
         part, repeated = self._begin()
         if repeated:
             call = self._calls.next(part)
             if call is not None:
-                return self.input.repeated(x, call.bits, call.position, call.step), call.weight
+                return self.input.repeated(x, call.bits, call.position, call.step), self._repeat_right(weight, call)
             state = self.input.state  # a part within a part, which torch makes anew each time
-            return self.input.repeated(x, state.bits, state.position, state.step), self.quantize_weight(weight, False)
-        qx, qw = self._quantize_input(x, True), self.quantize_weight(weight, True)
+            return self.input.repeated(x, state.bits, state.position, state.step), self._quantize_right(weight, False)
+        qx, qw = self._quantize_input(x, True), self._quantize_right(weight, True)
         if part is not None:
-            self._calls.add(part, FirstPass(qx.bits, qx.position, self.input.state.step, qw))
+            kept = qw if self.keeps_weight else (qw.bits, qw.position, self.weight.state.step)
+            self._calls.add(part, FirstPass(qx.bits, qx.position, self.input.state.step, kept))
         return qx, qw
+
+    def _quantize_right(self, weight: Tensor, training: bool) -> FixedPoint:
+        if self.keeps_weight:
+            return self.quantize_weight(weight, training)
+        return self._weight_layout(self.weight(weight, training))
+
+    def _repeat_right(self, weight: Tensor, call: FirstPass) -> FixedPoint:
+        if isinstance(call.weight, FixedPoint):
+            return call.weight
+        return self._weight_layout(self.weight.repeated(weight, *call.weight))
 
     def quantize_sequence(
         self, rows: int, columns: int, weight: Tensor, training: bool
@@ -237,7 +254,7 @@ class ModuleQuantizers:
         if repeated:
             call = self._calls.next(part)
             if call is not None and call.sequence is not None:
-                return call.sequence.again(), call.weight
+                return call.sequence.again(), self._repeat_right(weight, call)
             training_again = SequenceQuantizer(self.input, rows, columns, training=True, counts=False)
             return training_again, self.quantize_weight(weight, False)
         sequence = SequenceQuantizer(self.input, rows, columns, training, counts=training)

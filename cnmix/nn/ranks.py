@@ -59,6 +59,7 @@ class Ranks:
         self._wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         self._left: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         self._members: list[weakref.ref[ModuleQuantizers]] = []
+        self._newcomers: list[weakref.ref[ModuleQuantizers]] = []  # which decide alone
         self._rounds = Rounds()
         self._next_collective = 0  # its round
         self._last_collective = -1
@@ -71,7 +72,10 @@ class Ranks:
         self._hooks: list[Any] = []
 
     def add(self, member: ModuleQuantizers) -> None:
-        """Takes in the quantizers of a module."""
+        """Takes in the quantizers of a module, or of a function that it called for the first time."""
+        if member.of_function:  # perhaps in this process alone
+            self._newcomers = [each for each in self._newcomers if each() is not None] + [weakref.ref(member)]
+            return
         self._members = [each for each in self._members if each() is not None] + [weakref.ref(member)]
         self._decide_alone()  # until all processes have found each other anew, with this one
 
@@ -177,8 +181,7 @@ class Ranks:
         if group is None:
             return
         members = [found for member in self._members if (found := member()) is not None]
-        described = [(member.fqn, *(_comparable(config) for config in member.configs.values())) for member in members]
-        digest = hashlib.sha256(repr(described).encode()).hexdigest()
+        digest = hashlib.sha256(repr([_described(member) for member in members]).encode()).hexdigest()
         digests: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(digests, digest, group=group)
         others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
@@ -187,18 +190,33 @@ class Ranks:
                 f"rank {others[0]} of {len(digests)} converted other modules than rank 0, or with other settings: call "
                 "cnmix.initialize with the same model and the same arguments in every process"
             )
+        self._follow_first(members, group)
+        self.group = group
+        self._last_collective = self._rounds.present - 1
+        self._next_collective = self._rounds.present  # how many steps a round has is known when it ends
+
+    def _follow_first(self, members: list[ModuleQuantizers], group: dist.ProcessGroup) -> None:
+        """Gives these, the same in every process, the states that they have in the first one, and begins to observe."""
         states: list[Any] = [[member.state_dict() for member in members]]
         dist.broadcast_object_list(states, dist.get_global_rank(group, 0), group=group)
         # Each draws its own random numbers: the data differ, and equal noise would not average out.
         key = dist.get_rank(group) * 0x9E3779B97F4A7C15 % 2**64
         for member, state in zip(members, states[0], strict=True):
             member.follow(state)
-            member.input.draw_key = member.grad_output.draw_key = key
-            for _, quantizer in member:
+            for name, quantizer in member:
+                quantizer.draw_key = 0 if name == "weight" and not member.of_function else key
                 quantizer.observe(self._rounds)
-        self.group = group
-        self._last_collective = self._rounds.present - 1
-        self._next_collective = self._rounds.present  # how many steps a round has is known when it ends
+
+    def _take_in_newcomers(self, group: dist.ProcessGroup) -> None:
+        """Has products of functions that all processes have called by now decide together too."""
+        own = {found.fqn: found for member in self._newcomers if (found := member()) is not None}
+        described = {name: _described(member) for name, member in own.items()}
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, described, group=group)
+        common = [name for name in sorted(own) if all(each.get(name) == described[name] for each in everyone)]
+        self._follow_first([own[name] for name in common], group)
+        self._members += [weakref.ref(own.pop(name)) for name in common]
+        self._newcomers = [weakref.ref(member) for member in own.values()]
 
     def _leave(self) -> None:
         for hook in self._hooks:
@@ -208,9 +226,12 @@ class Ranks:
 
     def _decide_alone(self) -> None:
         self.group, self._searched, self._nested = None, False, False
-        for member in self._members:
-            for _, quantizer in member() or ():
+        members = [found for member in self._members if (found := member()) is not None]
+        for member in members:
+            for _, quantizer in member:
                 quantizer.observation, quantizer.draw_key = None, 0
+        self._newcomers += [weakref.ref(member) for member in members if member.of_function]
+        self._members = [weakref.ref(member) for member in members if not member.of_function]
 
     def _end_round(self) -> None:
         """Ends a round: adds up what the processes noted, if one measured, and gives every quantizer the same state."""
@@ -224,13 +245,15 @@ class Ranks:
             return
         quantizers = [quantizer for each in self._members for _, quantizer in each() or ()]
         rows = [pack(each.state.step, each.observation) for each in quantizers]
+        rows.append([float(sum(each() is not None for each in self._newcomers))] + [0.0] * (_ROW - 1))
         total = torch.tensor(rows, dtype=torch.float64)
         if "cpu" not in dist.get_backend_config(self.group):
             total = total.cuda()
         dist.all_reduce(total, group=self.group)
         rounds = present - self._last_collective
         self._last_collective = present
-        for quantizer, row in zip(quantizers, total.tolist(), strict=True):
+        *sums, newcomers = total.tolist()
+        for quantizer, row in zip(quantizers, sums, strict=True):
             observation = quantizer.observation
             if observation is not None and row[0]:
                 steps, seen = unpack(row)
@@ -239,7 +262,11 @@ class Ranks:
             elif observation is not None and observation.due_round <= present:  # no process ran it
                 observation.due_round = present + observation.patience
                 observation.patience = min(2 * observation.patience, _LONGEST_PATIENCE)
-        self._next_collective = min(each.observation.due_round for each in quantizers if each.observation is not None)
+        if newcomers[0]:
+            self._take_in_newcomers(self.group)
+            quantizers = [quantizer for each in self._members for _, quantizer in each() or ()]
+        due = [each.observation.due_round for each in quantizers if each.observation is not None]
+        self._next_collective = min(due, default=present + 1)
         # An update that saturation brings forward is one that no process knows of the others.
         self._every_round = any(each.config.saturation is not None for each in quantizers)
         if self._sharded:
@@ -326,6 +353,11 @@ def unpack(row: list[float]) -> tuple[int, Observation]:
         if magnitude > 0:
             seen.sums[bits] = (difference, magnitude)
     return math.ceil(steps / ran), seen
+
+
+def _described(member: ModuleQuantizers) -> tuple[Any, ...]:
+    """Returns what must be equal in all processes: the name of the product, and its settings."""
+    return member.fqn, *(_comparable(config) for config in member.configs.values())
 
 
 def _comparable(config: Any) -> dict[str, Any]:

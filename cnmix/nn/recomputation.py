@@ -34,14 +34,14 @@ class FirstPass(NamedTuple):
         bits: width of the input.
         position: of the input.
         step: the step that numbers the input's random draws.
-        weight: the integers of the weight.
+        weight: the integers of the weight; of another right operand, which is computed again, width, position and step.
         sequence: what quantized the input, where that came time step by time step.
     """
 
     bits: int
     position: int
     step: int
-    weight: FixedPoint
+    weight: FixedPoint | tuple[int, int, int]
     sequence: SequenceQuantizer | None = None
 
 

@@ -21,7 +21,7 @@ from .. import state
 from ..amp import initialize
 from ..checkpoint import find_state
 from ..config import QuantizeConfig, check_names
-from ..nn import module_name, quantizer_sets
+from ..nn import quantizer_sets, set_steps_per_epoch
 from ..nn.half import frame
 from ..nn.ranks import resting_parameters
 from ..registry import unwrap
@@ -233,9 +233,9 @@ class FixedPointPrecision(metaclass=_Explained):
     def _tell_steps(self, model: Module, steps: int) -> None:
         book = RuleBook(model, self.rules)
         config = find_level(self.opt_level).configure({**self.settings, "steps_per_epoch": steps})
-        for name, quantizers in quantizer_sets(model):
-            chosen = book.configure(model.get_submodule(module_name(name)), config)["input"].steps_per_epoch
-            quantizers.change_settings(steps_per_epoch=chosen)
+        set_steps_per_epoch(
+            model, lambda fqn: book.configure(model.get_submodule(fqn), config)["input"].steps_per_epoch
+        )
 
     def _check_module(self, module: Module, saved: dict[str, Any]) -> None:
         if find_level(self.opt_level).quantizes and saved["modules"]:

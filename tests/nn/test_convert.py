@@ -164,14 +164,10 @@ def test_hooks_survive():
     assert sorted(seen) == ["backward", "forward", "gradient", "pre"]
 
 
-def test_a_weight_shared_with_a_float_module_is_refused():
+def test_a_weight_may_be_shared_with_an_embedding():
     model = Tied()
-    before = kinds(model)
-    with pytest.raises(ValueError, match=r"'head' shares a parameter with 'embedding' \(Embedding\)"):
-        convert(model, CONFIG)
-    assert kinds(model) == before
-    assert not hasattr(model.body, "quantizers")
-    assert convert(model, CONFIG, leave_out(["head"])) == ["body"]
+    assert convert(model, CONFIG) == ["body", "head"]
+    assert model.head.weight is model.embedding.weight
 
 
 def test_a_weight_shared_with_an_excluded_module_is_refused():

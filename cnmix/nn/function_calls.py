@@ -1,0 +1,190 @@
+"""Products that a module's forward pass computes by calling functions of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OperandConfigs, Product
+from .base import moves_statistics
+from .batched import multiply_batches
+from .functional import multiply
+from .places import attach, product_name
+from .products import ConvolutionGeometry
+from .quantizers import ModuleQuantizers
+from .ranks import Ranks
+from .shared_input import LatestInput
+
+_ATTRIBUTE = "function_products"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class FunctionProducts:
+    """What makes the quantizers of the functions that one module calls; an attribute of the module.
+
+    Args:
+        configs: settings of the operands.
+        fqn: fully qualified name of the module.
+        latest_input: shared with the other modules of the model.
+        ranks: likewise.
+
+    Attributes:
+        configs: settings of the operands of each kind of product.
+        fqn: see above.
+    """
+
+    def __init__(self, configs: OperandConfigs, fqn: str, latest_input: LatestInput, ranks: Ranks) -> None:
+        self.configs: dict[Product, OperandConfigs] = {"matmul": configs, "convolution": configs}
+        self.fqn = fqn
+        self._latest_input = latest_input
+        self._ranks = ranks
+
+    def change_settings(self, products: Iterable[Product] = ("matmul", "convolution"), **changes: Any) -> None:
+        """Changes these settings of every operand of products that come to be from now on.
+
+        Raises:
+            ValueError: as ``QuantizeConfig.replace`` does.
+        """
+        for kind in products:
+            self.configs[kind] = {name: config.replace(**changes) for name, config in self.configs[kind].items()}
+
+    def make(self, module: nn.Module, place: str) -> ModuleQuantizers:
+        """Gives the module, whose attribute this is, quantizers for the product of this place."""
+        kind = kind_of(place)
+        made = ModuleQuantizers(
+            self.configs[kind],
+            kind,
+            product_name(self.fqn, place),
+            self._latest_input,
+            self._ranks,
+            of_function=True,
+        )
+        attach(module, {place: made})
+        return made
+
+
+def function_products(module: nn.Module) -> FunctionProducts | None:
+    """Returns what makes the quantizers of the functions that a module calls; None where they stay float."""
+    found: FunctionProducts | None = module.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def set_function_products(module: nn.Module, products: FunctionProducts | None) -> None:
+    """Gives it to a module, or takes it away."""
+    if products is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = products
+
+
+def kind_of(place: str) -> Product:
+    """Returns the kind of a function's product, by the name of its place."""
+    return "convolution" if place.rpartition(":")[2].startswith("conv") else "matmul"
+
+
+def is_multiplied(*operands: Any) -> bool:
+    """Whether the core multiplies these: plain tensors of a float type up to 32 bits, on the CPU, none empty."""
+    return all(
+        type(each) in _PLAIN and each.dtype in _DTYPES and each.device.type == "cpu" and each.numel() > 0
+        for each in operands
+    )
+
+
+class Call:
+    """One call of a function that multiplies.
+
+    Its methods return ``NotImplemented`` where the product stays float.
+
+    Args:
+        module: whose forward pass it is in.
+        products: of that module.
+        place: of the call in the code; empty in a module of torch's, whose products have names.
+    """
+
+    def __init__(self, module: nn.Module, products: FunctionProducts, place: str) -> None:
+        self.module = module
+        self.products = products
+        self.place = place
+
+    def quantizers(self, *operands: Tensor, part: str = "") -> tuple[ModuleQuantizers, bool] | None:
+        """Finds the quantizers of the product, or those of one of several products of the call.
+
+        They come to be the first time that gradients flow through it: what is computed from constants, such as a table
+        of positions, stays float.
+
+        Args:
+            operands: what the product's result is computed from.
+            part: name of one of several products.
+
+        Returns:
+            Them, and whether their statistics move; None where the product stays float.
+        """
+        place = f"{self.place}.{part}" if self.place and part else self.place or part
+        found = self.module.__dict__.get("quantizers_by_place", {}).get(place)
+        if found is None:
+            if not torch.is_grad_enabled() or not any(each.requires_grad for each in operands):
+                return None
+            found = self.products.make(self.module, place)
+        return found, moves_statistics(self.module, found)
+
+    def matmul(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Any:
+        """Multiplies as ``torch.matmul`` does, and adds a bias (N,) where ``b`` has up to two dimensions.
+
+        A column by a row is no sum, and stays float.
+        """
+        if not is_multiplied(a, b) or a.dim() == b.dim() == 1 or a.dim() == 0 or b.dim() == 0:
+            return NotImplemented
+        k = a.shape[-1]
+        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0]:
+            return NotImplemented
+        found = self.quantizers(a, b)
+        if found is None:
+            return NotImplemented
+        left = a.unsqueeze(0) if a.dim() == 1 else a
+        if b.dim() == 1:
+            return _multiply_matrix(left, b.unsqueeze(0), bias, *found).squeeze(-1)
+        if b.dim() == 2:
+            y = _multiply_matrix(left, b.t(), bias, *found)
+        else:
+            found[0].keeps_weight = False
+            y = multiply_batches(left, b, *found)
+        return y.squeeze(-2) if a.dim() == 1 else y
+
+    def multiply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: ConvolutionGeometry | None = None,
+        part: str = "",
+    ) -> Any:
+        """Multiplies as ``functional.multiply`` does."""
+        if not is_multiplied(x, weight):
+            return NotImplemented
+        found = self.quantizers(x, weight, part=part)
+        return NotImplemented if found is None else _multiply_matrix(x, weight, bias, *found, geometry)
+
+
+def _multiply_matrix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantizers: ModuleQuantizers,
+    training: bool,
+    geometry: ConvolutionGeometry | None = None,
+) -> Tensor:
+    quantizers.keeps_weight = is_parameter(weight)
+    try:
+        return multiply(x, weight, bias, quantizers, training, geometry)
+    except ValueError as error:
+        raise ValueError(f"{quantizers.fqn!r}: {error}") from error
+
+
+def is_parameter(weight: Tensor) -> bool:
+    """Whether this is a parameter, or all of one in another layout."""
+    whole = weight if weight._base is None else weight._base
+    return isinstance(whole, nn.Parameter) and whole.numel() == weight.numel()

@@ -1,0 +1,109 @@
+"""Finds the products that a module's forward pass computes by calling functions: ``q @ k``, ``F.linear(x, w)``.
+
+While a module of the user's is being called, a ``TorchFunctionMode`` sees the functions of torch that Python code
+calls, and sends those that multiply to the core. Two hooks begin and end that, so that it costs nothing elsewhere, and
+some 1.5 microseconds for each call of a function inside. Nothing is replaced in torch, in the module or in its code;
+helper functions and subclasses are covered; what torch does inside its own modules is left to it. Other ways were
+weighed: a tensor subclass costs more with each operation, and shows in what users print and save; a graph
+(``torch.fx``) needs code that can be traced; replaced functions of torch would change other models of the process; a
+mode below autograd would see a product and its gradients as unrelated calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from .function_calls import Call, function_products
+from .function_places import calling_frame, place_of
+from .functions import FUNCTIONS
+
+logger = logging.getLogger("cnmix")
+
+
+class _ProductMode(TorchFunctionMode):
+    """Sends functions that multiply to the core, for the innermost of the modules that are being called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = FUNCTIONS.get(func)
+        if handler is not None:
+            call = self._find_call(func)
+            result = NotImplemented if call is None else handler(call, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+    def _find_call(self, func: Any) -> Call | None:
+        """Returns the call of a function that multiplies; None where it stays float."""
+        module = self.modules[-1]
+        products = function_products(module)
+        if products is None or torch._C._are_functorch_transforms_active():
+            return None
+        if func is nn.functional.multi_head_attention_forward and isinstance(module, nn.MultiheadAttention):
+            return Call(module, products, "")
+        frame = calling_frame()
+        return None if frame is None else Call(module, products, place_of(frame, func.__name__.strip("_")))
+
+
+class _Enter:
+    """A forward pre-hook: functions that this module calls from here on are its own."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            if function_products(module) is not None:
+                _announce(type(module).__name__)
+            return
+        mode = _get_current_function_mode()
+        if not isinstance(mode, _ProductMode):
+            mode = _ProductMode()
+            mode.__enter__()
+        mode.modules.append(module)
+
+
+class _Leave:
+    """A forward hook, also of a pass that failed: functions are again those of the module that called this one."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        mode = _get_current_function_mode()
+        if not isinstance(mode, _ProductMode) or not any(each is module for each in mode.modules):
+            return
+        while mode.modules.pop() is not module:  # Ctrl-C leaves without hooks
+            pass
+        if not mode.modules:
+            mode.__exit__(None, None, None)
+
+
+def watch(module: nn.Module) -> None:
+    """Has this module's functions that multiply go to the core, where it has ``function_products``."""
+    unwatch(module)
+    module.register_forward_pre_hook(_Enter(), prepend=True)
+    module.register_forward_hook(_Leave(), always_call=True)
+
+
+def unwatch(module: nn.Module) -> None:
+    """Takes that back."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if isinstance(hook, (_Enter, _Leave))]:
+            del hooks[number]
+            module._forward_hooks_always_called.pop(number, None)
+
+
+@torch.compiler.assume_constant_result
+def _announce(name: str) -> None:
+    logger.warning(
+        "%s is compiled: functions that its forward pass calls multiply in float32, its modules do not", name
+    )
