@@ -102,8 +102,9 @@ def unwatch(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(number, None)
 
 
-@torch.compiler.assume_constant_result
 def _announce(name: str) -> None:
-    logger.warning(
-        "%s is compiled: functions that its forward pass calls multiply in float32, its modules do not", name
-    )
+    logger.warning("%s is compiled: products of functions that its forward pass calls stay float32", name)
+
+
+# What torch.compiler.assume_constant_result does, but for loading the compiler: it is called once, for each graph.
+_announce._dynamo_marked_constant = True  # type: ignore[attr-defined]

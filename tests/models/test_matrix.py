@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from accounting import share_on_core
@@ -16,21 +13,7 @@ from zoo import CASES, Case, loss_of
 import cnmix
 
 STEPS_PER_EPOCH = 20
-# Models that cannot be converted yet, or not in all that they multiply, and why.
-TIED = {"bert-eager", "bert-sdpa", "gpt2-eager", "gpt2-sdpa", "t5-eager", "t5-sdpa", "whisper", "mamba"}
-FUNCTIONS = {"llama-eager", "llama-sdpa", "vit", "mixtral-eager", "mixtral-grouped", "transformer"}
-
-
-def every_model(*, without: Collection[str] = ()) -> list[Any]:
-    models = []
-    for name in CASES:
-        marks = []
-        if name in TIED:
-            marks = [pytest.mark.xfail(raises=ValueError, reason="a head that is tied to an Embedding is refused")]
-        elif name in without:
-            marks = [pytest.mark.xfail(raises=AssertionError, reason="functions that multiply stay float")]
-        models.append(pytest.param(CASES[name], id=name, marks=marks))
-    return models
+EVERY_MODEL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +45,7 @@ def gradients(case: Case, model: nn.Module) -> tuple[Tensor, dict[str, Tensor | 
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("case", every_model())
+@EVERY_MODEL
 def test_int31_is_float32(case: Case) -> None:
     model = case.build()
     cnmix.initialize(model, bitwidth=31, max_bitwidth=31)
@@ -79,13 +62,13 @@ def test_int31_is_float32(case: Case) -> None:
         assert (ours[name] - gradient).norm() <= close, name
 
 
-@pytest.mark.parametrize("case", every_model(without=FUNCTIONS))
+@EVERY_MODEL
 def test_products_are_on_the_core(case: Case) -> None:
     model, _ = start(case, "O1")
     assert share_on_core(case, model) >= 0.99
 
 
-@pytest.mark.parametrize("case", every_model())
+@EVERY_MODEL
 def test_learns_as_float32_does(case: Case) -> None:
     float32 = train(case, *start(case, "O0"), steps=40)
     losses = train(case, *start(case, "O1"), steps=40)
@@ -95,7 +78,7 @@ def test_learns_as_float32_does(case: Case) -> None:
     assert abs(reached / expected - 1) <= 0.05
 
 
-@pytest.mark.parametrize("case", every_model())
+@EVERY_MODEL
 def test_state_dict_is_a_plain_models(case: Case) -> None:
     model = case.build()
     before, parameters = model.state_dict(keep_vars=True), dict(model.named_parameters(remove_duplicate=False))
@@ -115,7 +98,7 @@ def test_state_dict_is_a_plain_models(case: Case) -> None:
     plain.load_state_dict(model.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("case", every_model())
+@EVERY_MODEL
 def test_goes_on_from_a_checkpoint_to_the_bit(case: Case) -> None:
     model, optimizer = start(case, "O1")
     train(case, model, optimizer, 3)
