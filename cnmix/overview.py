@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,8 @@ def summary(model: nn.Module, *example: Any) -> Summary:
             without gradients, which changes no statistics. Without it they are not counted.
 
     Returns:
-        A ``Summary``; print it.
+        A ``Summary``; print it. It counts what modules multiply by their weights, as their shapes say;
+        ``cnmix.executed_products`` what really multiplied, forwards and backwards, products without weights too.
     """
     chosen: dict[str, nn.Module] = {
         fqn: module for fqn, module in model.named_modules() if isinstance(module, _MULTIPLYING)
@@ -106,9 +107,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
                 model(*example)
     rows = []
     quantizers = dict(quantizer_sets(model))
-    setup = registry.models.get(unwrap(model))
-    # Of a copy or a part of a model that was initialized the rules are not known.
-    left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
+    why = why_float(model)
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         product = next((ours.product for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), "")
@@ -116,7 +115,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         if not isinstance(module, QuantizedModule):
             if fqn.startswith(inside):
                 continue
-            reason = _reason(module, left_out(module)) if quantizers else "the model is not converted"
+            reason = why(module)
         for place, weight in weights[fqn].items():
             name = product_name(fqn, place)
             # Now, as a lazy module may just have got its weights.
@@ -134,10 +133,21 @@ def _by(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-def _reason(module: nn.Module, left_out: str) -> str:
-    if is_convertible(module):
-        return left_out or "came after initialize: call it again"
-    return find_conversion(plain_class(module))[1]
+def why_float(model: nn.Module) -> Callable[[nn.Module], str]:
+    """Returns what says of a module of this model, which is not converted, why it computes in float."""
+    setup = registry.models.get(unwrap(model))
+    converted = any(True for _ in quantizer_sets(model))
+    # Of a copy or a part of a model that was initialized the rules are not known.
+    left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
+
+    def why(module: nn.Module) -> str:
+        if not converted:
+            return "the model is not converted"
+        if is_convertible(module):
+            return left_out(module) or "came after initialize: call it again"
+        return find_conversion(plain_class(module))[1]
+
+    return why
 
 
 @contextmanager
