@@ -4,6 +4,7 @@
 """
 
 from . import core
+from .accounting import executed_products
 from .amp import dequantize, initialize, scale_loss
 from .config import QuantizeConfig
 from .core import cnmix_set_amp_quantify_params, cnmix_set_amp_use_online
@@ -22,6 +23,7 @@ __all__ = [
     "cnmix_set_amp_use_online",
     "core",
     "dequantize",
+    "executed_products",
     "initialize",
     "levels",
     "load_state_dict",

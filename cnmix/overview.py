@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from .nn import QUANTIZED_CLASSES, QuantizedModule, module_name, product_name, quantizer_sets
-from .nn.classes import find_conversion, multiplies_by_functions, plain_class
+from .nn import QUANTIZED_CLASSES, QuantizedModule, callers, module_name, product_name, quantizer_sets
+from .nn.callers import is_caller
+from .nn.classes import find_conversion, plain_class
 from .nn.convert import is_convertible
 from .nn.function_calls import function_products
 from .registry import registry, unwrap
@@ -90,7 +91,8 @@ def summary(model: nn.Module, *example: Any) -> Summary:
             without gradients, which changes no statistics. Without it they are not counted.
 
     Returns:
-        A ``Summary``; print it.
+        A ``Summary``; print it. It counts what modules multiply by their weights, as their shapes say;
+        ``cnmix.executed_products`` what really multiplied, forwards and backwards, products without weights too.
     """
     chosen: dict[str, nn.Module] = {
         fqn: module for fqn, module in model.named_modules() if isinstance(module, _MULTIPLYING)
@@ -108,9 +110,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
                 model(*example)
     rows = []
     quantizers = dict(quantizer_sets(model))
-    setup = registry.models.get(unwrap(model))
-    # Of a copy or a part of a model that was initialized the rules are not known.
-    left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
+    why = why_float(model)
     inside = tuple(f"{fqn}." for fqn, module in chosen.items() if isinstance(module, nn.MultiheadAttention))
     for fqn, module in chosen.items():
         product = next((ours.product for plain, ours in QUANTIZED_CLASSES.items() if isinstance(module, plain)), "")
@@ -118,7 +118,7 @@ def summary(model: nn.Module, *example: Any) -> Summary:
         if not isinstance(module, QuantizedModule):
             if fqn.startswith(inside):
                 continue
-            reason = _reason(module, left_out(module)) if quantizers else "the model is not converted"
+            reason = why(module)
         for place, weight in weights[fqn].items():
             name = product_name(fqn, place)
             # Now, as a lazy module may just have got its weights.
@@ -126,6 +126,8 @@ def summary(model: nn.Module, *example: Any) -> Summary:
             macs = counted[fqn] * math.prod(shape[1:]) if shape and fqn in counted else None
             if macs is not None and isinstance(module, _RECURRENT):
                 macs *= weight.shape[0]
+            if reason and function_products(module) is not None:
+                macs = None  # they are those of functions, which are not counted here
             bits = [quantizer.state.bits for _, quantizer in quantizers.get(name, ())]
             widths = (bits[0], bits[1], bits[2]) if bits else None
             rows.append(SummaryRow(name, kind, product, shape, seen.get(fqn), widths, macs, reason))
@@ -141,15 +143,23 @@ def _by(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-def _reason(module: nn.Module, left_out: str) -> str:
-    kind = plain_class(module)
-    if is_convertible(module):
-        return left_out or "came after initialize: call it again"
-    if isinstance(module, nn.MultiheadAttention) or multiplies_by_functions(kind):
-        if function_products(module) is None:
-            return left_out or "came after initialize: call it again"
-        return "the functions that it calls go to the core, and are listed once they have been trained"
-    return find_conversion(kind)[1]
+def why_float(model: nn.Module) -> Callable[[nn.Module], str]:
+    """Returns what says of a module of this model, which is not converted, why it computes in float."""
+    setup = registry.models.get(unwrap(model))
+    converted = any(quantizer_sets(model)) or any(callers(model))
+    # Of a copy or a part of a model that was initialized the rules are not known.
+    left_out = RuleBook(unwrap(model), setup.rules).why_left_out if setup else lambda module: "left out"
+
+    def why(module: nn.Module) -> str:
+        if not converted:
+            return "the model is not converted"
+        if function_products(module) is not None:
+            return "the functions that it calls go to the core, and are listed once they have been trained"
+        if is_convertible(module) or is_caller(module):
+            return left_out(module) or "came after initialize: call it again"
+        return find_conversion(plain_class(module))[1]
+
+    return why
 
 
 @contextmanager

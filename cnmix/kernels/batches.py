@@ -26,6 +26,7 @@ from ..fixed_point import (
 from . import native, reference, tiles
 from .native.structures import FloatBatch
 from .products import multiply_into, product_sums, round_into
+from .profiling import count_matmul, profiled
 from .quantization import sum_of_magnitudes
 
 # Multiplications from which an entry is worth calls of its own.
@@ -50,12 +51,14 @@ class BatchStatistics(NamedTuple):
     sum_q: Tensor | None = None
 
 
+@profiled(count_matmul)
 def batched_matmul(
     a: FixedPoint | FixedPointBatch,
     b: FixedPoint | FixedPointBatch,
     *,
     exact_int31: bool = False,
     dtype: torch.dtype = torch.float32,
+    name: str = "",
 ) -> Tensor:
     """Multiplies a batch of matrices.
 
@@ -65,6 +68,7 @@ def batched_matmul(
         b: integers (*batch, K, N), likewise. What several entries share may be expanded along them.
         exact_int31: whether 31-bit operands multiply exactly where the compiled part does not serve.
         dtype: of the result, rounded to it from float32.
+        name: what a profile calls the product.
 
     Returns:
         ``dtype`` (*batch, M, N), contiguous; NaN throughout where an operand is not finite.

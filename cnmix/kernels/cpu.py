@@ -18,12 +18,14 @@ from torch import Tensor
 from ..fixed_point import FixedPoint, scale_by_power_of_two
 from . import depthwise, native, tiles
 from .products import Sums, add_product, multiply_into, product_sums, round_into, rounded
+from .profiling import count_convolution, count_grad_input, count_grad_weight, count_matmul, profiled
 from .reference import output_size
 
 # Elements gathered at a time, so that temporaries stay in the cache whatever the batch.
 _MATRIX_BLOCK = 1 << 22
 
 
+@profiled(count_matmul)
 def matmul(
     a: FixedPoint,
     b: FixedPoint,
@@ -31,10 +33,12 @@ def matmul(
     bias: Tensor | None = None,
     exact_int31: bool = False,
     dtype: torch.dtype = torch.float32,
+    name: str = "",
 ) -> Tensor:
     """Multiplies matrices: (M, K) by (K, N) gives (M, N), plus ``bias`` (N,) in float32 where given.
 
-    The result is float32; another ``dtype`` is rounded from that.
+    The result is float32; another ``dtype`` is rounded from that. ``name`` is what a profile calls the product, here
+    and in the convolutions.
     """
     if not (a.finite and b.finite):
         return torch.full((a.values.shape[0], b.values.shape[1]), math.nan, dtype=dtype)
@@ -48,6 +52,7 @@ def to_channels_last(x: FixedPoint) -> FixedPoint:
     return x._replace(values=_channels_last(x.values).movedim(-1, 1))
 
 
+@profiled(count_convolution)
 def convolution(
     x: FixedPoint,
     weight: FixedPoint,
@@ -60,6 +65,7 @@ def convolution(
     channels_last: bool | None = None,
     exact_int31: bool = False,
     dtype: torch.dtype = torch.float32,
+    name: str = "",
 ) -> Tensor:
     """Convolves (N, C, *spatial) with (O, C / groups, *kernel) and adds ``bias`` (O,): (N, O, *output).
 
@@ -86,6 +92,7 @@ def convolution(
     return _correlate(gathered, matrix, x, weight, bias, layout, exact_int31).to(dtype)
 
 
+@profiled(count_grad_input)
 def convolution_grad_input(
     grad_output: FixedPoint,
     weight: FixedPoint,
@@ -99,6 +106,7 @@ def convolution_grad_input(
     channels_last: bool | None = None,
     exact_int31: bool = False,
     dtype: torch.dtype = torch.float32,
+    name: str = "",
 ) -> Tensor:
     """Returns the gradient of a convolution's input, of shape ``input_size``; float32, or ``dtype`` rounded from that.
 
@@ -134,6 +142,7 @@ def convolution_grad_input(
     return _correlate(gathered, matrix, grad_output, weight, bias, layout, exact_int31).to(dtype)
 
 
+@profiled(count_grad_weight)
 def convolution_grad_weight(
     grad_output: FixedPoint,
     x: FixedPoint,
@@ -144,6 +153,7 @@ def convolution_grad_weight(
     groups: int,
     *,
     exact_int31: bool = False,
+    name: str = "",
 ) -> Tensor:
     """Returns the gradient of a convolution's weight, float32 of shape ``weight_size`` = (O, C / groups, *kernel)."""
     out_channels, in_channels, *kernel = weight_size

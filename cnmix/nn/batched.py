@@ -71,8 +71,8 @@ def multiply_integers(a: FixedPoint, b: FixedPoint, quantizers: ModuleQuantizers
     batch = torch.broadcast_shapes(a.values.shape[:-2], b.values.shape[:-2])
     a, b = (each._replace(values=each.values.expand(*batch, -1, -1)) for each in (a, b))
     if not batch:
-        return kernels.matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype)
-    return kernels.batched_matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype)
+        return kernels.matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype, name=quantizers.fqn)
+    return kernels.batched_matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype, name=quantizers.fqn)
 
 
 def transposed(x: FixedPoint) -> FixedPoint:

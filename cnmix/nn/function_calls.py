@@ -12,13 +12,12 @@ from ..config import OperandConfigs, Product
 from .base import moves_statistics
 from .batched import multiply_batches
 from .functional import multiply
-from .places import attach, product_name
+from .places import FUNCTIONS, attach, product_name
 from .products import ConvolutionGeometry
 from .quantizers import ModuleQuantizers
 from .ranks import Ranks
 from .shared_input import LatestInput
 
-_ATTRIBUTE = "function_products"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -69,16 +68,16 @@ class FunctionProducts:
 
 def function_products(module: nn.Module) -> FunctionProducts | None:
     """Returns what makes the quantizers of the functions that a module calls; None where they stay float."""
-    found: FunctionProducts | None = module.__dict__.get(_ATTRIBUTE)
+    found: FunctionProducts | None = module.__dict__.get(FUNCTIONS)
     return found
 
 
 def set_function_products(module: nn.Module, products: FunctionProducts | None) -> None:
     """Gives it to a module, or takes it away."""
     if products is None:
-        module.__dict__.pop(_ATTRIBUTE, None)
+        module.__dict__.pop(FUNCTIONS, None)
     else:
-        module.__dict__[_ATTRIBUTE] = products
+        module.__dict__[FUNCTIONS] = products
 
 
 def kind_of(place: str) -> Product:

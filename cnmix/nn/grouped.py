@@ -104,4 +104,4 @@ def _part(x: FixedPoint, index: int | slice) -> FixedPoint:
 
 
 def _multiply(a: FixedPoint, b: FixedPoint, quantizers: ModuleQuantizers, dtype: torch.dtype) -> Tensor:
-    return kernels.matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype)
+    return kernels.matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype, name=quantizers.fqn)

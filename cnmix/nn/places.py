@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BETWEEN = ".."
 # Plain attributes, neither submodules, parameters nor buffers: state_dict does not see them.
-ATTRIBUTES = _ONE, _SEVERAL = "quantizers", "quantizers_by_place"
+ATTRIBUTES = _ONE, _SEVERAL, FUNCTIONS = "quantizers", "quantizers_by_place", "function_products"
 
 
 def quantizers_of(module: nn.Module) -> Iterator[tuple[str, ModuleQuantizers]]:

@@ -107,12 +107,12 @@ def forward_product(
     """
     shape = () if geometry is None else geometry.output_shape(x.shape, weight.shape)  # refuses before anything moves
     qx, qw = quantizers.quantize(x, weight, training)
-    exact = quantizers.config.exact_int31
+    options = _options(quantizers)
     dtype = quantizers.output_dtype or x.dtype
     channels_last = geometry is not None and kernels.has_channels_last(x)
     if geometry is None:
         columns = qw._replace(values=qw.values.flatten(1).t())
-        y = kernels.matmul(_as_matrix(qx), columns, bias=bias, exact_int31=exact, dtype=dtype)
+        y = kernels.matmul(_as_matrix(qx), columns, bias=bias, dtype=dtype, **options)
         y = y.view(*x.shape[:-1], weight.shape[0])
     else:
         qx = kernels.to_channels_last(qx)  # once, for this product and grad_weight's
@@ -124,8 +124,8 @@ def forward_product(
             geometry.transposed,
             bias=bias,
             channels_last=channels_last,
-            exact_int31=exact,
             dtype=dtype,
+            **options,
         )
     # Not as a view, on which autograd refuses to work in place: a ReLU(inplace=True) may follow.
     return y.data, qx, qw, Saved(training, geometry, x.shape, weight.shape, channels_last, x.dtype)
@@ -159,23 +159,28 @@ def backward_products(
     if qx is None and qw is None:
         return None, None, kernels.channel_sums(grad_output, kept) if needs_bias else None
     qg, found = quantizers.grad_output.measured(grad_output, saved.training, channel_dim=kept if needs_bias else None)
-    exact = quantizers.config.exact_int31
+    options = _options(quantizers)
     if saved.geometry is None:
-        return *_linear_gradients(qg, qx, qw, saved, exact), found.channel_sums
-    return *_convolution_gradients(qg, qx, qw, saved, saved.geometry, exact), found.channel_sums
+        return *_linear_gradients(qg, qx, qw, saved, options), found.channel_sums
+    return *_convolution_gradients(qg, qx, qw, saved, saved.geometry, options), found.channel_sums
+
+
+def _options(quantizers: ModuleQuantizers) -> dict[str, Any]:
+    """Returns what every kernel is told of a product."""
+    return {"exact_int31": quantizers.config.exact_int31, "name": quantizers.fqn}
 
 
 def _linear_gradients(
-    qg: FixedPoint, qx: FixedPoint | None, qw: FixedPoint | None, saved: Saved, exact: bool
+    qg: FixedPoint, qx: FixedPoint | None, qw: FixedPoint | None, saved: Saved, options: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None]:
     rows = _as_matrix(qg)
     grad_x = grad_weight = None
     if qw is not None:
         matrix = qw._replace(values=qw.values.flatten(1))
-        grad_x = kernels.matmul(rows, matrix, exact_int31=exact, dtype=saved.x_dtype).view(saved.x_shape)
+        grad_x = kernels.matmul(rows, matrix, dtype=saved.x_dtype, **options).view(saved.x_shape)
     if qx is not None:
         columns = rows._replace(values=rows.values.t())
-        grad_weight = kernels.matmul(columns, _as_matrix(qx), exact_int31=exact).view(saved.weight_shape)
+        grad_weight = kernels.matmul(columns, _as_matrix(qx), **options).view(saved.weight_shape)
     return grad_x, grad_weight
 
 
@@ -193,7 +198,7 @@ def _convolution_gradients(
     qw: FixedPoint | None,
     saved: Saved,
     geometry: ConvolutionGeometry,
-    exact: bool,
+    options: dict[str, Any],
 ) -> tuple[Tensor | None, Tensor | None]:
     qg = kernels.to_channels_last(qg)
     grad_x = grad_weight = None
@@ -205,14 +210,14 @@ def _convolution_gradients(
             geometry,
             not geometry.transposed,
             channels_last=saved.channels_last,
-            exact_int31=exact,
             dtype=saved.x_dtype,
+            **options,
         )
     if qx is not None:
         # The weight of a transposed convolution is that of the convolution from its output to its input.
         output, source = (qx, qg) if geometry.transposed else (qg, qx)
         grad_weight = kernels.convolution_grad_weight(
-            output, source, saved.weight_shape, *geometry.of_kernels, exact_int31=exact
+            output, source, saved.weight_shape, *geometry.of_kernels, **options
         )
     return grad_x, grad_weight
 

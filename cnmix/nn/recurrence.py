@@ -107,7 +107,7 @@ class _Recurrence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, size = x.shape[0], w_hidden.shape[0] // layer.gates.number
         qx, qw_input = layer.input.quantize(x, w_input, layer.training)
-        gates = _multiply_gates(qx, qw_input, b_input, layer)
+        gates = _multiply_gates(qx, qw_input, b_input, layer, layer.input)
         hiddens, qw_hidden = layer.hidden.quantize_sequence(rows, h_0.shape[1], w_hidden, layer.training)
         h = h_0.to(torch.float32, copy=True)
         c = h.new_empty((h.shape[0], 0)) if c_0 is None else c_0.to(torch.float32, copy=True)
@@ -123,14 +123,13 @@ class _Recurrence(torch.autograd.Function):
             state = h[:count]
             if before is not None:
                 before[place] = state
-            recurrent = _multiply_gates(hiddens(state, start), qw_hidden, b_hidden, layer)
+            recurrent = _multiply_gates(hiddens(state, start), qw_hidden, b_hidden, layer, layer.hidden)
             out = y[place] if layer.projection is None else _empty(count, size)
             layer.gates.forward(gates[place], recurrent, state, c[:count], None if kept is None else kept[place], out)
             if layer.projection is not None:
                 if wide is not None:
                     wide[place] = out
-                exact = layer.projection.config.exact_int31
-                y[place] = kernels.matmul(projections(out, start), _transposed(qw_projection), exact_int31=exact)
+                y[place] = _multiply(projections(out, start), _transposed(qw_projection), layer.projection)
             state.copy_(y[place])
         operands: list[FixedPoint | None] = [qx, qw_input, None, qw_hidden, None, None]
         if needs_whole or not hiddens.wants_whole:
@@ -167,7 +166,6 @@ class _Recurrence(torch.autograd.Function):
         dc = torch.zeros((batch, size)) if grad_c is None else grad_c.to(torch.float32, copy=True)
         d_input = _empty(rows, width)
         d_hidden = d_input if layer.gates.shared else _empty(rows, width)
-        exact = layer.hidden.config.exact_int31
         gradients = SequenceQuantizer(layer.hidden.grad_output, rows, width, training, training)
         if layer.projection is not None:
             outer = SequenceQuantizer(layer.projection.grad_output, rows, h_size, training, training)
@@ -180,27 +178,26 @@ class _Recurrence(torch.autograd.Function):
             if layer.projection is not None and qw_projection is not None:
                 if d_projection is not None:
                     d_projection[place] = gradient
-                gradient = kernels.matmul(outer(gradient, start), qw_projection, exact_int31=exact)
+                gradient = _multiply(outer(gradient, start), qw_projection, layer.projection)
             direct = layer.gates.backward(
                 gradient, dc[:count], gates[place], kept[place], d_input[place], d_hidden[place]
             )
             quantized = gradients(d_hidden[place], start)
             if needs_h or start != steps[0][0]:
-                gradient = kernels.matmul(quantized, qw_hidden, exact_int31=exact)
+                gradient = _multiply(quantized, qw_hidden, layer.hidden)
                 dh[:count] = gradient if direct is None else gradient.add_(direct)
 
         found: list[Tensor | None] = [None] * 9
         qg = gradients.whole(d_hidden)
         if needs_hidden:
-            found[2] = _weight_gradient(qg, qh, layer)
+            found[2] = _weight_gradient(qg, qh, layer, layer.hidden)
         if needs_x or needs_input:
             shares = layer.gates.shared and gradients.same_format(layer.input.grad_output)
             qg_input, found[3] = _quantize_gates(d_input, qg if shares else None, layer, needs_biases[0])
-            exact = layer.input.config.exact_int31
             if needs_x:
-                found[0] = kernels.matmul(qg_input, qw_input, exact_int31=exact, dtype=ctx.dtypes[0])
+                found[0] = _multiply(qg_input, qw_input, layer.input, dtype=ctx.dtypes[0])
             if needs_input:
-                found[1] = _weight_gradient(qg_input, qx, layer)
+                found[1] = _weight_gradient(qg_input, qx, layer, layer.input)
         elif needs_biases[0]:
             found[3] = kernels.channel_sums(d_input, 1)
         if needs_biases[1]:
@@ -209,7 +206,7 @@ class _Recurrence(torch.autograd.Function):
         if layer.projection is not None:
             q_outer = outer.whole(d_projection)
             if needs_projection:
-                found[5] = kernels.matmul(_transposed(q_outer), qp, exact_int31=layer.projection.config.exact_int31)
+                found[5] = _multiply(_transposed(q_outer), qp, layer.projection)
         if needs_h:
             found[6] = dh.to(ctx.dtypes[1])
         if ctx.needs_input_grad[7]:
@@ -230,27 +227,31 @@ def _quantize_gates(
     return known, kernels.channel_sums(gradient, 1) if with_sums else None
 
 
-def _multiply_gates(x: FixedPoint, weight: FixedPoint, bias: Tensor | None, layer: Layer) -> Tensor:
+def _multiply(a: FixedPoint, b: FixedPoint, quantizers: ModuleQuantizers, **options: Any) -> Tensor:
+    return kernels.matmul(a, b, exact_int31=quantizers.config.exact_int31, name=quantizers.fqn, **options)
+
+
+def _multiply_gates(
+    x: FixedPoint, weight: FixedPoint, bias: Tensor | None, layer: Layer, quantizers: ModuleQuantizers
+) -> Tensor:
     """Multiplies (M, K) by the weight (gates * hidden size, K), transposed, and adds the bias."""
-    exact = layer.input.config.exact_int31
     if layer.fused or layer.gates.number == 1:
-        return kernels.matmul(x, _transposed(weight), bias=bias, exact_int31=exact)
+        return _multiply(x, _transposed(weight), quantizers, bias=bias)
     count = layer.gates.number
     biases = [None] * count if bias is None else bias.chunk(count)
     parts = [
-        kernels.matmul(x, weight._replace(values=values.t()), bias=own, exact_int31=exact)
+        _multiply(x, weight._replace(values=values.t()), quantizers, bias=own)
         for values, own in zip(weight.values.chunk(count), biases, strict=True)
     ]
     return torch.cat(parts, 1)
 
 
-def _weight_gradient(gradient: FixedPoint, x: FixedPoint, layer: Layer) -> Tensor:
+def _weight_gradient(gradient: FixedPoint, x: FixedPoint, layer: Layer, quantizers: ModuleQuantizers) -> Tensor:
     """Multiplies the gradient (M, gates * hidden size), transposed, by (M, K)."""
-    exact = layer.input.config.exact_int31
     if layer.fused or layer.gates.number == 1:
-        return kernels.matmul(_transposed(gradient), x, exact_int31=exact)
+        return _multiply(_transposed(gradient), x, quantizers)
     parts = [
-        kernels.matmul(gradient._replace(values=values.t()), x, exact_int31=exact)
+        _multiply(gradient._replace(values=values.t()), x, quantizers)
         for values in gradient.values.chunk(layer.gates.number, 1)
     ]
     return torch.cat(parts)
