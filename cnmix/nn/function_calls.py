@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,11 @@ def is_multiplied(*operands: Any) -> bool:
     )
 
 
+def _are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are broadcast against each other."""
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
 class Call:
     """One call of a function that multiplies.
 
@@ -149,7 +154,7 @@ class Call:
         if not is_multiplied(a, b) or a.dim() == b.dim() == 1 or a.dim() == 0 or b.dim() == 0:
             return NotImplemented
         k = a.shape[-1]
-        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0]:
+        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0] or not _are_broadcast(a.shape[:-2], b.shape[:-2]):
             return NotImplemented
         found = self.quantizers(a, b)
         if found is None:
@@ -188,10 +193,7 @@ def _multiply_matrix(
     geometry: ConvolutionGeometry | None = None,
 ) -> Tensor:
     quantizers.keeps_weight = is_parameter(weight)
-    try:
-        return multiply(x, weight, bias, quantizers, training, geometry)
-    except ValueError as error:
-        raise ValueError(f"{quantizers.fqn!r}: {error}") from error
+    return multiply(x, weight, bias, quantizers, training, geometry)
 
 
 def is_parameter(weight: Tensor) -> bool:
