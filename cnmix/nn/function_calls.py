@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .places import FUNCTIONS, attach, product_name
 from .products import ConvolutionGeometry
 from .quantizers import ModuleQuantizers
 from .ranks import Ranks
+from .recomputation import reentrant_part
 from .shared_input import LatestInput
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,11 +87,21 @@ def kind_of(place: str) -> Product:
 
 
 def is_multiplied(*operands: Any) -> bool:
-    """Whether the core multiplies these: plain tensors of a float type up to 32 bits, on the CPU, none empty."""
+    """Whether the core multiplies these: plain dense tensors of a float type up to 32 bits, on the CPU, none empty."""
     return all(
-        type(each) in _PLAIN and each.dtype in _DTYPES and each.device.type == "cpu" and each.numel() > 0
+        type(each) in _PLAIN
+        and each.dtype in _DTYPES
+        and each.device.type == "cpu"
+        and each.layout is torch.strided
+        and not each.is_nested
+        and each.numel() > 0
         for each in operands
     )
+
+
+def _are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are broadcast against each other."""
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
 
 
 class Call:
@@ -125,10 +136,15 @@ class Call:
         place = f"{self.place}.{part}" if self.place and part else self.place or part
         found = self.module.__dict__.get("quantizers_by_place", {}).get(place)
         if found is None:
-            if not torch.is_grad_enabled() or not any(each.requires_grad for each in operands):
+            if not self._has_gradients(operands):
                 return None
             found = self.products.make(self.module, place)
         return found, moves_statistics(self.module, found)
+
+    def _has_gradients(self, operands: tuple[Tensor, ...]) -> bool:
+        if torch.is_grad_enabled():
+            return any(each.requires_grad for each in operands)
+        return self.module.training and reentrant_part() is not None  # they will flow when the part is repeated
 
     def matmul(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Any:
         """Multiplies as ``torch.matmul`` does, and adds a bias (N,) where ``b`` has up to two dimensions.
@@ -138,7 +154,7 @@ class Call:
         if not is_multiplied(a, b) or a.dim() == b.dim() == 1 or a.dim() == 0 or b.dim() == 0:
             return NotImplemented
         k = a.shape[-1]
-        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0]:
+        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0] or not _are_broadcast(a.shape[:-2], b.shape[:-2]):
             return NotImplemented
         found = self.quantizers(a, b)
         if found is None:
@@ -177,10 +193,7 @@ def _multiply_matrix(
     geometry: ConvolutionGeometry | None = None,
 ) -> Tensor:
     quantizers.keeps_weight = is_parameter(weight)
-    try:
-        return multiply(x, weight, bias, quantizers, training, geometry)
-    except ValueError as error:
-        raise ValueError(f"{quantizers.fqn!r}: {error}") from error
+    return multiply(x, weight, bias, quantizers, training, geometry)
 
 
 def is_parameter(weight: Tensor) -> bool:

@@ -12,7 +12,9 @@ mode below autograd would see a product and its gradients as unrelated calls.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .function_calls import Call, function_products
-from .function_places import calling_frame, place_of
+from .function_places import call_within, called_module, calling_frames, place_of
 from .functions import FUNCTIONS
+from .recomputation import first_pass, replace_repetition
 
 logger = logging.getLogger("cnmix")
 
@@ -53,8 +56,47 @@ class _ProductMode(TorchFunctionMode):
             return None
         if func is nn.functional.multi_head_attention_forward and isinstance(module, nn.MultiheadAttention):
             return Call(module, products, "")
-        frame = calling_frame()
-        return None if frame is None else Call(module, products, place_of(frame, func.__name__.strip("_")))
+        frames = calling_frames(module)
+        if frames is None:
+            return None
+        part = first_pass(module.training)
+        if part is not None:
+            replace_repetition(part, self._repeat)
+        return Call(module, products, place_of(frames, func.__name__.strip("_")))
+
+    def _repeat(self, function: Callable[..., Any]) -> _Repetition:
+        """Returns what repeats a checkpointed part of a forward pass, given what did so until now."""
+        # The part belongs to the least deep of the modules that call a function in it.
+        if isinstance(function, _Repetition) and function.depth <= len(self.modules):
+            return function
+        again = function.function if isinstance(function, _Repetition) else function
+        return _Repetition(again, self.modules[-1], len(self.modules))
+
+    def forget_interrupted(self) -> None:
+        """Forgets modules whose calls have ended without their hooks, which Ctrl-C leaves out."""
+        while self.modules and not _is_called(self.modules[-1]):
+            self.modules.pop()
+
+
+class _Repetition:
+    """What activation checkpointing repeats: a part of a module's forward pass, whose functions go to the core again.
+
+    Args:
+        function: computes the part.
+        module: in whose forward pass it is.
+        depth: how many modules were being called, this one included.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, depth: int) -> None:
+        self.function = function
+        self.module = module
+        self.depth = depth
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the part."""
+        with _ProductMode() as mode:
+            mode.modules.append(self.module)
+            return call_within(self.module, self.function, *args, **kwargs)
 
 
 class _Enter:
@@ -66,7 +108,9 @@ class _Enter:
                 _announce(type(module).__name__)
             return
         mode = _get_current_function_mode()
-        if not isinstance(mode, _ProductMode):
+        if isinstance(mode, _ProductMode):
+            mode.forget_interrupted()
+        else:
             mode = _ProductMode()
             mode.__enter__()
         mode.modules.append(module)
@@ -100,6 +144,15 @@ def unwatch(module: nn.Module) -> None:
         for number in [number for number, hook in hooks.items() if isinstance(hook, (_Enter, _Leave))]:
             del hooks[number]
             module._forward_hooks_always_called.pop(number, None)
+
+
+def _is_called(module: nn.Module) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if called_module(frame) is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _announce(name: str) -> None:

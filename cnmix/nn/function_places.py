@@ -6,14 +6,17 @@ import dis
 import functools
 import os
 import sys
+from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CNMIX = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 # Functions of torch that are written in Python hand a call on from here: it was made further up.
 _PASSING_ON = tuple(
     _TORCH + name for name in ("overrides.py", "functional.py", "_tensor.py", f"nn{os.sep}functional.py")
@@ -22,40 +25,85 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 _MATMUL_OPERATORS = ("@", "@=")
 
 
-def calling_frame() -> FrameType | None:
-    """Returns the frame whose code called the function of torch that is being handled.
+def call_within(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a part of this module's forward pass outside of the call of the module."""
+    return function(*args, **kwargs)
 
-    None where that is code of torch or of cnmix, such as a module that was left in float, and where no module is being
-    called: Ctrl-C may have left a call without its hooks.
+
+_PART_CALL = call_within.__code__
+
+
+def calling_frames(module: nn.Module) -> list[FrameType] | None:
+    """Returns the frames of the user's code that lead to the function of torch that is being handled.
+
+    Those of this module's forward pass, the one that called the function first. None where that is code of torch or of
+    cnmix, such as a module that was left in float, and where this module is not being called: Ctrl-C leaves a call
+    without its hooks.
     """
     frame: FrameType | None = sys._getframe(3)  # past the mode's two
     while frame is not None and _origin(frame.f_code) == "passing on":
         frame = frame.f_back
     if frame is None or _origin(frame.f_code) != "user":
         return None
-    above: FrameType | None = frame
-    while above is not None and above.f_code is not _MODULE_CALL:
-        above = above.f_back
-    return None if above is None else frame
+    found: list[FrameType] = []
+    whole = False
+    while frame is not None and called_module(frame) is not module:
+        # What activation checkpointing calls again is called from elsewhere then.
+        whole |= frame.f_code.co_filename == checkpoint.__file__
+        if not whole and _origin(frame.f_code) == "user":
+            found.append(frame)
+        frame = frame.f_back
+    return None if frame is None else found
 
 
-def place_of(frame: FrameType, function: str) -> str:
-    """Returns the name of the place: ``attend+3:matmul`` is the ``matmul`` three lines below ``def attend``.
+def called_module(frame: FrameType) -> nn.Module | None:
+    """Returns the module, where this is the frame of a module's call."""
+    if frame.f_code is _MODULE_CALL:
+        module: nn.Module = frame.f_locals["self"]
+        return module
+    return frame.f_locals["module"] if frame.f_code is _PART_CALL else None
 
-    A second call of that function in the same line is ``attend+3.1:matmul``.
+
+def place_of(frames: Sequence[FrameType], function: str) -> str:
+    """Returns the name of the place, the way through the module's functions that leads to it.
+
+    ``forward+3:matmul`` is the ``matmul`` three lines below ``def forward``, and ``forward+3>attend+1:matmul`` is in
+    ``attend``, which is called there. A second call of that function in the same line is ``forward+3.1:matmul``.
+
+    Args:
+        frames: as ``calling_frames`` returns them.
+        function: name of the function of torch.
     """
-    return _place(frame.f_code, frame.f_lasti, function)
+    return _place(tuple((frame.f_code, frame.f_lasti) for frame in frames), function)
 
 
 @functools.cache
 def _origin(code: CodeType) -> Literal["passing on", "library", "user"]:
-    if code.co_filename in _PASSING_ON:
+    file = code.co_filename
+    if file in _PASSING_ON:
         return "passing on"
-    return "library" if code.co_filename.startswith((_TORCH, _CNMIX)) else "user"
+    standard = file.startswith(_PYTHON) and "-packages" + os.sep not in file
+    return "library" if standard or file.startswith((_TORCH, _CNMIX)) else "user"
 
 
 @functools.cache
-def _place(code: CodeType, instruction: int, function: str) -> str:
+def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
+    names: list[str] = []
+    seen: set[CodeType] = set()
+    called, top = function, 0
+    for code, instruction in calls:
+        if code in seen:  # a recursion has one place, however deep it goes
+            continue
+        seen.add(code)
+        names.append(f"{code.co_name}+{_line(code, instruction, called)}")
+        called = code.co_name
+        if called == "forward":
+            top = len(names)  # what is above decorates it
+    names = names[:top] or names
+    return ">".join(reversed(names)) + f":{function}"
+
+
+def _line(code: CodeType, instruction: int, called: str) -> str:
     lines = [(start, end, line) for start, end, line in code.co_lines() if line is not None]
     here = next((line for start, end, line in lines if start <= instruction < end), code.co_firstlineno)
     in_line = [
@@ -63,19 +111,21 @@ def _place(code: CodeType, instruction: int, function: str) -> str:
         for each in dis.get_instructions(code)
         if any(start <= each.offset < end for start, end, line in lines if line == here)
     ]
-    rank = _rank(in_line, instruction, function)
-    return f"{code.co_name}+{here - code.co_firstlineno}{f'.{rank}' if rank else ''}:{function}"
+    rank = _rank(in_line, instruction, called)
+    return f"{here - code.co_firstlineno}{f'.{rank}' if rank else ''}"
 
 
-def _rank(in_line: list[dis.Instruction], instruction: int, function: str) -> int:
+def _rank(in_line: list[dis.Instruction], instruction: int, called: str) -> int:
     """Returns how many calls stand before this one in its line that may be of the same function."""
-    candidates = [each.offset for each in in_line if function == "matmul" and _is_matmul_operator(each)]
-    named = sum(each.argval == function and each.opname.startswith("LOAD") for each in in_line)
+    candidates = [each.offset for each in in_line if called == "matmul" and _is_matmul_operator(each)]
+    named = sum(each.argval == called and each.opname.startswith("LOAD") for each in in_line)
     if len(candidates) + named == 1:
         return 0
     if instruction not in candidates or named:
         candidates += [each.offset for each in in_line if each.opname.startswith("CALL")]
-    return sorted(candidates).index(instruction) if instruction in candidates else 0
+    # Depending on how often it ran, Python may be at the instruction before the call, or behind it, in its cache.
+    present = max((each.offset for each in in_line if each.offset <= instruction), default=instruction)
+    return sum(offset < present for offset in candidates)
 
 
 def _is_matmul_operator(instruction: dis.Instruction) -> bool:

@@ -48,7 +48,8 @@ def _mv(call: Call, input: Tensor, vec: Tensor, *rest: Any, **others: Any) -> An
 def _addmm(
     call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *rest: Any, beta: float = 1, alpha: float = 1, **others: Any
 ) -> Any:
-    if rest or others or not is_multiplied(input, mat1, mat2) or not mat1.dim() == mat2.dim() == 2:
+    fits = is_multiplied(mat1, mat2) and mat1.dim() == mat2.dim() == 2
+    if rest or others or not fits or not _is_added(input, (mat1.shape[0], mat2.shape[1])):
         return NotImplemented
     if beta == alpha == 1 and input.shape == mat2.shape[1:]:
         return call.matmul(mat1, mat2, input)
@@ -66,9 +67,15 @@ def _baddbmm(
     **others: Any,
 ) -> Any:
     fits = is_multiplied(batch1, batch2) and batch1.dim() == batch2.dim() == 3 and batch1.shape[0] == batch2.shape[0]
-    if rest or others or not fits or not isinstance(input, Tensor):
+    if rest or others or not fits or not _is_added(input, (*batch1.shape[:2], batch2.shape[2])):
         return NotImplemented
     return _add(call.matmul(batch1, batch2), input, beta, alpha)
+
+
+def _is_added(x: Any, shape: Sequence[int]) -> bool:
+    """Whether this is a plain float tensor that is broadcast to a product of this shape."""
+    sizes = zip(reversed(x.shape), reversed(shape), strict=False) if isinstance(x, Tensor) else ()
+    return is_multiplied(x) and x.dim() <= len(shape) and all(each in (1, size) for each, size in sizes)
 
 
 def _add(product: Any, input: Tensor, beta: float, alpha: float) -> Any:
@@ -83,12 +90,20 @@ def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     fits = is_multiplied(input, weight) and weight.dim() == 2 and input.dim() > 0
     if not fits or input.shape[-1] != weight.shape[1]:
         return NotImplemented
-    return call.multiply(input, weight, bias)
+    if bias is None or _is_bias(bias, weight.shape[0]):
+        return call.multiply(input, weight, bias)
+    if not _is_added(bias, (*input.shape[:-1], weight.shape[0])):
+        return NotImplemented
+    return _add(call.multiply(input, weight, None), bias, 1, 1)
+
+
+def _is_bias(bias: Any, channels: int) -> bool:
+    return bias is None or (is_multiplied(bias) and bias.shape == (channels,))
 
 
 def _bilinear(call: Call, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     fits = is_multiplied(input1, input2, weight) and weight.dim() == 3 and input1.shape[:-1] == input2.shape[:-1]
-    if not fits or (input1.shape[-1], input2.shape[-1]) != weight.shape[1:]:
+    if not fits or (input1.shape[-1], input2.shape[-1]) != weight.shape[1:] or not _is_bias(bias, weight.shape[0]):
         return NotImplemented
     outer = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)  # see QuantizedBilinear
     return call.multiply(outer, weight, bias)
@@ -107,13 +122,15 @@ def _convolution(spatial: int) -> Callable[..., Any]:
     ) -> Any:
         if not _is_convolved(input, weight, spatial) or input.shape[-spatial - 1] != weight.shape[1] * groups:
             return NotImplemented
-        dilation = _each(dilation, spatial)
+        stride, dilation = _each(stride, spatial), _each(dilation, spatial)
+        if isinstance(padding, str) and (padding not in ("same", "valid") or (padding == "same" and {*stride} != {1})):
+            return NotImplemented
         if padding == "same":  # which may need one more on the far side
             total = [d * (n - 1) for d, n in zip(dilation, weight.shape[2:], strict=True)]
             sides = [side for each in reversed(total) for side in (each // 2, each - each // 2)]
             input, padding = F.pad(input, sides), 0
         amount = 0 if isinstance(padding, str) else padding
-        geometry = ConvolutionGeometry(_each(stride, spatial), _each(amount, spatial), dilation, groups)
+        geometry = ConvolutionGeometry(stride, _each(amount, spatial), dilation, groups)
         return _batched(call, input, weight, bias, geometry)
 
     return convolve
@@ -147,10 +164,25 @@ def _is_convolved(input: Tensor, weight: Tensor, spatial: int) -> bool:
 
 def _batched(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvolutionGeometry) -> Any:
     """Convolves with or without the batch."""
-    if input.dim() == weight.dim():
-        return call.multiply(input, weight, bias, geometry)
-    y = call.multiply(input.unsqueeze(0), weight, bias, geometry)
-    return y if y is NotImplemented else y.squeeze(0)
+    images = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    channels = weight.shape[1] * geometry.groups if geometry.transposed else weight.shape[0]
+    if not _is_bias(bias, channels) or not _is_possible(geometry, images, weight):
+        return NotImplemented
+    y = call.multiply(images, weight, bias, geometry)
+    return y if y is NotImplemented or images is input else y.squeeze(0)
+
+
+def _is_possible(geometry: ConvolutionGeometry, images: Tensor, weight: Tensor) -> bool:
+    stride, padding, dilation, groups, _, output_padding = geometry
+    spatial = weight.dim() - 2
+    if not all(len(each) == spatial for each in (stride, padding, dilation, output_padding or stride)):
+        return False
+    if min(stride + dilation) < 1 or min(padding + output_padding) < 0 or groups < 1 or weight.shape[0] % groups:
+        return False
+    try:
+        return min(geometry.output_shape(images.shape, weight.shape)) > 0
+    except ValueError:  # as too large a kernel
+        return False
 
 
 def _each(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:

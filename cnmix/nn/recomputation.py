@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -115,6 +116,26 @@ def reentrant_part() -> Any:
             return context if frame.f_code is again or any(context.needs_input_grad) else None
         frame = frame.f_back
     return None
+
+
+def first_pass(training: bool) -> Any:
+    """Returns the part of either kind whose first pass this is, None outside of one.
+
+    Args:
+        training: whether the module that asks is in training: nothing is checkpointed without gradients else.
+    """
+    if current_backward() != -1:
+        return None
+    if not torch.is_grad_enabled():
+        return reentrant_part() if training else None
+    hooks = saved_tensor_hooks()
+    return None if hooks is None else part_of_hooks(hooks, False)
+
+
+def replace_repetition(part: Any, replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Has a part be repeated by what ``replace`` returns for what would have repeated it."""
+    name = "recompute_fn" if isinstance(part, checkpoint._CheckpointFrame) else "run_function"
+    setattr(part, name, replace(getattr(part, name)))
 
 
 def in_reentrant_backward() -> bool:
