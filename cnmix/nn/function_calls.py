@@ -99,7 +99,7 @@ def is_multiplied(*operands: Any) -> bool:
     )
 
 
-def _are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
+def are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two shapes are broadcast against each other."""
     return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
 
@@ -154,7 +154,7 @@ class Call:
         if not is_multiplied(a, b) or a.dim() == b.dim() == 1 or a.dim() == 0 or b.dim() == 0:
             return NotImplemented
         k = a.shape[-1]
-        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0] or not _are_broadcast(a.shape[:-2], b.shape[:-2]):
+        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0] or not are_broadcast(a.shape[:-2], b.shape[:-2]):
             return NotImplemented
         found = self.quantizers(a, b)
         if found is None:
