@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cnmix
-from cnmix.nn import quantized_modules
+from cnmix.nn import quantizer_sets
 
 Gradients = dict[str, Tensor | None]
 
@@ -67,7 +67,7 @@ class Arm:
 
     def updates(self) -> int:
         """Returns how often operands of cnmix have been measured so far."""
-        return sum(q.state.updates for _, module in quantized_modules(self.model) for _, q in module.quantizers)
+        return sum(q.state.updates for _, quantizers in quantizer_sets(self.model) for _, q in quantizers)
 
 
 class _OneDnnProduct(torch.autograd.Function):

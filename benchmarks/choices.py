@@ -28,7 +28,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from cnmix import kernels
 from cnmix.fixed_point import FixedPoint, dequantize
-from cnmix.nn import modules, quantized_modules
+from cnmix.nn import modules, quantizer_sets
 
 ROOT = Path(__file__).resolve().parent
 OUTPUT = ROOT / "results" / "choices.json"
@@ -153,6 +153,10 @@ CHOICES = {
         "the same, saturation=0.001", {"mode": "fixed_interval", "interval": 300, "saturation": 0.001}
     ),
     "narrowing": Choice("narrowing=0.5", {"narrowing": 0.5}),
+    "per_entry": Choice("per_entry, in attention", {"per_entry": True}),
+    "per_entry_stochastic": Choice(
+        "the same, grad_output stochastic", {"per_entry": True, **_grad_output(rounding="stochastic")}
+    ),
     "symmetric": Choice("symmetric, ±127 (prototype)", patch=symmetric),
     "per_channel": Choice("weights per channel (prototype)", patch=lambda: prototype(per_channel=True)),
     "hadamard": Choice("gradients rotated (prototype)", patch=lambda: prototype(rotate=True)),
@@ -193,8 +197,8 @@ def run_recipe(name: str, key: str, level: str, seed: int) -> dict[str, Any]:
     recipe = load_recipe(ROOT.parent / "recipes" / f"{name}.yaml", [f"cnmix.opt_level={level}", *overrides])
     with choice.patch(), tempfile.TemporaryDirectory() as folder:
         result, model = train(recipe, level, seed, load_data(recipe), Path(folder), progress=False)
-    bits = [quantizer.state.bits for _, module in quantized_modules(model) for _, quantizer in module.quantizers]
-    updates = [quantizer.state.updates for _, module in quantized_modules(model) for _, quantizer in module.quantizers]
+    states = [quantizer.state for _, quantizers in quantizer_sets(model) for _, quantizer in quantizers]
+    bits, updates = [state.bits for state in states], [state.updates for state in states]
     return {
         "loss": result.test_loss,
         "accuracy": result.test_accuracy,

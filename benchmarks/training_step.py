@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnmix import kernels
-from cnmix.nn import quantized_modules
+from cnmix.nn import quantizer_sets
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "training_step.json"
 WARMUP = 1
@@ -100,8 +100,8 @@ def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
 def widths(model: nn.Module) -> dict[str, dict[str, int]]:
     """Counts the operands of cnmix's products by width: ``{"input": {"8": 4}, "weight": ..., "grad_output": ...}``."""
     found: dict[str, Counter[str]] = {}
-    for _, module in quantized_modules(model):
-        for operand, quantizer in module.quantizers:
+    for _, quantizers in quantizer_sets(model):
+        for operand, quantizer in quantizers:
             found.setdefault(operand, Counter())[str(quantizer.state.bits)] += 1
     return {operand: dict(sorted(counts.items())) for operand, counts in found.items()}
 

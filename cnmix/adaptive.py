@@ -21,6 +21,7 @@ from .config import Product, QuantizeConfig
 from .fixed_point import (
     BITS,
     FixedPoint,
+    FixedPointBatch,
     Rounding,
     choose_position,
     dequantize,
@@ -84,7 +85,7 @@ class OperandQuantizer:
                 state.bits,
                 state.position,
                 rounding,
-                seed=self._seed,
+                seed=self.draw_seed,
                 stream=state.step,
                 channel_dim=channel_dim,
                 with_checksum=with_checksum,
@@ -96,7 +97,7 @@ class OperandQuantizer:
         self.notice(quantized, training)
         return quantized, found
 
-    def notice(self, quantized: FixedPoint, training: bool) -> None:
+    def notice(self, quantized: FixedPoint | FixedPointBatch, training: bool) -> None:
         """Warns of the first tensor of a row with NaN or infinity; a finite one in training ends the row."""
         if quantized.finite:
             self._saw_nonfinite = self._saw_nonfinite and not training
@@ -142,8 +143,8 @@ class OperandQuantizer:
 
         ``x`` may be a part of that step's tensor, from the element ``start`` on.
         """
-        rounding = self.rounding(training)
-        return kernels.quantize_measured(x, bits, position, rounding, seed=self._seed, stream=stream, start=start)[0]
+        rounding, seed = self.rounding(training), self.draw_seed
+        return kernels.quantize_measured(x, bits, position, rounding, seed=seed, stream=stream, start=start)[0]
 
     def repeat(self, quantized: FixedPoint) -> None:
         """Counts a training step on the very tensor that gave these integers before, without measuring it again."""
@@ -199,7 +200,8 @@ class OperandQuantizer:
         self.observe(seen.rounds, steps_per_round)
 
     @property
-    def _seed(self) -> int:
+    def draw_seed(self) -> int:
+        """Key of this process's random numbers."""
         return self.state.seed ^ self.draw_key
 
     def _update(self, x: Tensor, channel_dim: int | None, with_checksum: bool) -> tuple[FixedPoint, kernels.Statistics]:
@@ -215,25 +217,42 @@ class OperandQuantizer:
         if not found.absmax > 0 or not first.finite:
             return first, found
         tried = {state.bits: (first, found)}
-        differences: dict[int, tuple[float, float]] = {}
 
-        def error_at(bits: int) -> float:
+        def sums_at(bits: int) -> tuple[float, float]:
             if bits not in tried:
                 tried[bits] = _measure_again(x, bits, found)
-            differences[bits] = error_sums(x, tried[bits][0], self.config.error_measure, tried[bits][1])
-            return relative_error(*differences[bits])
+            return error_sums(x, tried[bits][0], self.config.error_measure, tried[bits][1])
 
-        bits, error = self._choose_width(error_at)
+        bits = self.decide(found.absmax, sums_at)
         quantized, found = tried[bits]
-        if self.observation is None:
-            self._adopt(bits, quantized.position, error)
-        else:
-            self.observation.add(found.absmax, differences)
         rounding = self.rounding(training=True)
         if rounding == "nearest_even":
             return quantized, found
-        values = kernels.quantize(x, bits, quantized.position, rounding, seed=self._seed, stream=state.step)
+        values = kernels.quantize(x, bits, quantized.position, rounding, seed=self.draw_seed, stream=state.step)
         return quantized._replace(values=values), found
+
+    def decide(self, absmax: float, sums_at: Callable[[int], tuple[float, float]]) -> int:
+        """Decides on an update step which width to go on with, or notes what it takes for all processes to decide.
+
+        Args:
+            absmax: largest magnitude, finite and over 0.
+            sums_at: returns the sums that QEM takes at a width, see ``error_sums``.
+
+        Returns:
+            The width that this process's own tensor wants.
+        """
+        differences: dict[int, tuple[float, float]] = {}
+
+        def error_at(bits: int) -> float:
+            differences[bits] = sums_at(bits)
+            return relative_error(*differences[bits])
+
+        bits, error = self._choose_width(error_at)
+        if self.observation is None:
+            self._adopt(bits, choose_position(absmax, bits), error)
+        else:
+            self.observation.add(absmax, differences)
+        return bits
 
     def _choose_width(self, error_at: Callable[[int], float | None]) -> tuple[int, float]:
         """Returns the width to go on with, and its error.

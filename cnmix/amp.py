@@ -128,7 +128,7 @@ def initialize(
             calling = {fqn for fqn, settings in functions.items() if settings is not None}
             _check_waiting(model, configs, registry.waiting_models[len(new_models) :][:1], calling)
             new_models.append(model)
-            if level.quantizes and not configs and not any(quantized_modules(model)):
+            if level.quantizes and not configs and not calling and not any(quantized_modules(model)):
                 which = "left of" if any(is_convertible(module) for module in model.modules()) else "in"
                 logger.warning("no module to convert %s %s", which, type(model).__name__)
         if configs or not known:  # of a model that was initialized before, modules that came since

@@ -52,6 +52,8 @@ class QuantizeConfig:
             limits of the format; None: updates come when they are due.
         narrowing: go back to the next narrower width, not below ``bitwidth``, on an update at which the error there
             would be at most this share of the threshold, in (0, 1); None: widths only grow, as in the original.
+        per_entry: in products of batches of matrices, as attention's, give each matrix of the batch a position of its
+            own, the one that fits it on every step; the width stays one for all.
         exact_int31: multiply 31-bit operands exactly; the default rounds their sums to float64 on the way.
     """
 
@@ -71,6 +73,7 @@ class QuantizeConfig:
     online: bool = False
     saturation: float | None = None
     narrowing: float | None = None
+    per_entry: bool = False
     exact_int31: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class QuantizeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of steps, at least 1, got {value!r}")
-        for name in ("online", "exact_int31"):
+        for name in ("online", "per_entry", "exact_int31"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_range("quantify_rate", self.quantify_rate, "[", 0, 1, "]")

@@ -27,7 +27,7 @@ from . import native, reference, tiles
 from .native.structures import FloatBatch
 from .products import multiply_into, product_sums, round_into
 from .profiling import count_matmul, profiled
-from .quantization import sum_of_magnitudes
+from .quantization import lines_of, sum_of_magnitudes
 
 # Multiplications from which an entry is worth calls of its own.
 _LARGE_ENTRY = 1 << 22
@@ -226,7 +226,7 @@ def _quantize_compiled(
     measure: bool,
 ) -> tuple[Tensor, BatchStatistics]:
     dims = len(batch)
-    lines = _lines(source.shape[dims:], source.stride()[dims:])
+    lines = lines_of(source.shape[dims:], source.stride()[dims:])
     if lines is None:
         source = source.contiguous()
         lines = (1, math.prod(source.shape[dims:]), 0)
@@ -235,20 +235,6 @@ def _quantize_compiled(
     found = native.quantize_batch(library, job, out, bits, given, rounding, seed, stream, measure)
     sums = (found["sum_x"].view(batch), found["sum_q"].view(batch)) if measure else ()
     return found["position"].view(batch), BatchStatistics(found["absmax"].view(batch), *sums)
-
-
-def _lines(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Returns rows, columns and row stride of a tensor whose memory is rows at one distance, else None."""
-    left = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
-    columns = rows = 1
-    while left and left[-1][1] == columns:
-        columns *= left.pop()[0]
-    if not left:
-        return 1, columns, 0
-    stride = left[-1][1]
-    while left and left[-1][1] == stride * rows:
-        rows *= left.pop()[0]
-    return None if left else (rows, columns, stride)
 
 
 def _quantize_on_torch(

@@ -14,9 +14,12 @@ from torch import Tensor
 from ..fixed_point import ROUNDINGS, FixedPoint, absmax, choose_position, limits, storage_dtype
 from . import native, reference
 from .native import Statistics
+from .native.structures import FloatBatch
 
 # Elements quantized at a time: the float32 block stays in the processor's second-level cache.
 _QUANTIZE_BLOCK = 1 << 18
+# Elements side by side from which reading them in place is no slower than copying them first.
+_SHORTEST_LINE = 16
 
 
 class Shares(NamedTuple):
@@ -77,6 +80,11 @@ def quantize_measured(
     Returns:
         The operand, zeros and marked as not finite where ``x`` is not, and its statistics.
     """
+    asked = measure or with_checksum or channel_dim is not None
+    if position is not None and not asked and not start and not _is_dense(x):
+        quantized = _quantize_where_it_lies(x, bits, position, rounding)
+        if quantized is not None:
+            return quantized
     source, out = _prepare(x, bits, rounding)
     library = native.library()
     if library is not None:
@@ -185,6 +193,34 @@ def sum_of_magnitudes(x: Tensor) -> float:
     return total
 
 
+def _quantize_where_it_lies(x: Tensor, bits: int, position: int, rounding: str) -> tuple[FixedPoint, Statistics] | None:
+    """Quantizes a part of other memory, such as the query in a product with key and value, without copying it first.
+
+    Returns:
+        The operand, its dimensions in the order of memory that ``x`` has, and its largest magnitude; None where the
+        compiled part does not read it.
+    """
+    library = native.library()
+    if library is None or x.dtype not in (torch.float32, torch.bfloat16) or rounding == "stochastic" or not x.numel():
+        return None
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    source = x.detach().permute(order)
+    shapes = ((dims, lines_of(source.shape[dims:], source.stride()[dims:])) for dims in range(x.dim()))
+    dims, lines = next((dims, lines) for dims, lines in shapes if lines is not None)
+    if lines[1] < _SHORTEST_LINE:
+        return None
+    out, batch = native.empty(source.shape, storage_dtype(bits)), source.shape[:dims]
+    places = native.places(source, dims)
+    job = FloatBatch(source.data_ptr(), source.itemsize, len(places), places.data_ptr(), *lines)
+    found = native.quantize_batch(library, job, out, bits, torch.full(batch, position), rounding, 0, 0, False)
+    largest = float(found["absmax"].max())
+    finite = math.isfinite(largest)
+    if not finite:
+        out.zero_()
+    out = out.permute([order.index(dim) for dim in range(x.dim())])
+    return FixedPoint(out, bits, position, finite), Statistics(largest, position)
+
+
 def _prepare(x: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
     """Returns dense memory with the values of ``x``, and memory of the same layout for the integers.
 
@@ -198,6 +234,20 @@ def _prepare(x: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
         # Random numbers go by logical index, not by place in memory.
         source = source.contiguous()
     return source, native.empty(source.shape, storage_dtype(bits), source.stride())
+
+
+def lines_of(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Returns rows, columns and row stride of a tensor whose memory is rows at one distance, else None."""
+    left = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    columns = rows = 1
+    while left and left[-1][1] == columns:
+        columns *= left.pop()[0]
+    if not left:
+        return 1, columns, 0
+    stride = left[-1][1]
+    while left and left[-1][1] == stride * rows:
+        rows *= left.pop()[0]
+    return None if left else (rows, columns, stride)
 
 
 def _is_dense(x: Tensor) -> bool:

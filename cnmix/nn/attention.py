@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..entries import quantize_entries, repeat_entries
 from ..fixed_point import FixedPoint
-from .batched import multiply_integers, transposed
+from .batched import multiply_integers, save_operands, saved_operands, transposed
 from .function_calls import Call, are_broadcast, is_multiplied
 from .quantizers import ModuleQuantizers
 from .recomputation import saved_tensor_hooks
@@ -124,24 +125,21 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         shape = (*query.shape[:-1], key.shape[-2])
         grouped = _rows_by_shared_head(query, key.shape[-3])
-        qq, qk = attention.scores.quantize(grouped, key, attention.trains_scores)
+        qq, qk = attention.scores.quantize_batches(grouped, key, attention.trains_scores)
         scores = multiply_integers(qq, transposed(qk), attention.scores, torch.float32).view(shape)
         weights = probabilities(scores, mask, attention).to(query.dtype)
         kept = None
         if attention.dropout:
             kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - attention.dropout)
         dropped = _rows_by_shared_head(_drop(weights, kept, attention), key.shape[-3])
-        qw, qv = attention.values.quantize(dropped, value, attention.trains_values)
-        step = attention.values.input.state.step
+        qw, qv = attention.values.quantize_batches(dropped, value, attention.trains_values)
         del dropped
         y = multiply_integers(qw, qv, attention.values, query.dtype)
-        formats = (qq[1:], qk[1:], qv[1:], (qw.bits, qw.position, step))
-        ctx.formats, ctx.attention = formats, attention
-        # Activation checkpointing replaces what is saved: the formats must come from where the integers do, and the
-        # step that drew those of the probabilities is not known.
-        replaced = saved_tensor_hooks() is not None
-        again = (torch.tensor([each[:3] for each in formats]), qw.values) if replaced else (None, None)
-        ctx.save_for_backward(qq.values, qk.values, qv.values, weights, kept, *again)
+        position = qw.position if isinstance(qw, FixedPoint) else None
+        ctx.again, ctx.attention = (qw.bits, position, attention.values.input.state.step), attention
+        # Of a pass that activation checkpointing repeats, the step is not known that drew them.
+        repeated = saved_tensor_hooks() is not None
+        save_operands(ctx, qq, qk, qv, qw if repeated else None, others=(weights, kept))
         ctx.shapes = query.shape, value.shape, None if mask is None else mask.shape
         ctx.dtypes = tuple(None if each is None else each.dtype for each in (query, key, value, mask))
         return y.view(*query.shape[:-1], value.shape[-1])
@@ -149,8 +147,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        q_values, k_values, v_values, weights, kept, formats, w_values = ctx.saved_tensors
-        q_format, k_format, v_format, w_format = ctx.formats if formats is None else formats.tolist()
+        (qq, qk, qv, qw), (weights, kept) = saved_operands(ctx)
         attention, (q_dtype, k_dtype, v_dtype, mask_dtype) = ctx.attention, ctx.dtypes
         needs_query, needs_key, needs_value, needs_mask, _ = ctx.needs_input_grad
         query_shape, value_shape, mask_shape = ctx.shapes
@@ -158,18 +155,16 @@ class _Attention(torch.autograd.Function):
         grad_query = grad_key = grad_value = grad_mask = None
         if attention.trains_values:
             attention.values.ranks.backward_begins()
-        qg = attention.values.grad_output(_rows_by_shared_head(grad_output, shared), attention.trains_values)
+        grouped = _rows_by_shared_head(grad_output, shared)
+        qg = quantize_entries(attention.values.grad_output, grouped, attention.trains_values)
         if needs_value:
-            if w_values is None:
+            if qw is None:
                 dropped = _rows_by_shared_head(_drop(weights, kept, attention), shared)
-                qw = attention.values.input.repeated(dropped, *w_format, training=attention.trains_values)
+                qw = repeat_entries(attention.values.input, dropped, ctx.again, attention.trains_values)
                 del dropped
-            else:
-                qw = FixedPoint(w_values, *w_format)
             grad_value = multiply_integers(transposed(qw), qg, attention.values, v_dtype)
             del qw
         if needs_query or needs_key or needs_mask:
-            qv = FixedPoint(v_values, *v_format)
             grad = multiply_integers(qg, transposed(qv), attention.values, torch.float32).view(weights.shape)
             if kept is not None:
                 grad.mul_(kept).div_(1 - attention.dropout)
@@ -179,13 +174,11 @@ class _Attention(torch.autograd.Function):
                 grad_mask = grad.sum_to_size(mask_shape).to(mask_dtype)
             grouped = _rows_by_shared_head(grad.mul_(attention.scale), shared)
             if needs_query or needs_key:
-                qs = attention.scores.grad_output(grouped, attention.trains_scores)
+                qs = quantize_entries(attention.scores.grad_output, grouped, attention.trains_scores)
                 del grad, grouped
                 if needs_query:
-                    qk = FixedPoint(k_values, *k_format)
                     grad_query = multiply_integers(qs, qk, attention.scores, q_dtype).view(query_shape)
                 if needs_key:
-                    qq = FixedPoint(q_values, *q_format)
                     grad_key = multiply_integers(transposed(qs), qq, attention.scores, k_dtype)
         return grad_query, grad_key, grad_value, grad_mask, None
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import kernels
 from ..adaptive import OperandQuantizer
 from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
-from ..fixed_point import FixedPoint
+from ..entries import quantize_entries, repeat_entries
+from ..fixed_point import FixedPoint, FixedPointBatch
 from ..sequence import SequenceQuantizer
 from .module_state import check_module_state, check_trained
 from .ranks import Ranks
@@ -235,6 +236,31 @@ class ModuleQuantizers:
             kept = qw if self.keeps_weight else (qw.bits, qw.position, self.weight.state.step)
             self._calls.add(part, FirstPass(qx.bits, qx.position, self.input.state.step, kept))
         return qx, qw
+
+    def quantize_batches(
+        self, a: Tensor, b: Tensor, training: bool
+    ) -> tuple[FixedPoint | FixedPointBatch, FixedPoint | FixedPointBatch]:
+        """Quantizes both operands of a product of batches of matrices, whose entries may have their own positions.
+
+        In a pass that activation checkpointing repeats as ``quantize`` does.
+        """
+        operands = (self.input, a), (self.weight, b)
+        if not any(quantizer.config.per_entry for quantizer, _ in operands):
+            return self.quantize(a, b, training)
+        part, repeated = self._begin() if training else (None, False)
+        formats: list[tuple[int, int | None, int]]
+        if repeated:
+            call = self._calls.next(part)
+            formats = [(each.state.bits, each.state.position, each.state.step) for each, _ in operands]
+            if call is not None and not isinstance(call.weight, FixedPoint):
+                formats = [(call.bits, call.position, call.step), call.weight]
+            left, right = (repeat_entries(*each, form) for each, form in zip(operands, formats, strict=True))
+            return left, right
+        left, right = (quantize_entries(*each, training) for each in operands)
+        if part is not None:
+            kept = [(each.state.bits, each.state.position or 0, each.state.step) for each, _ in operands]
+            self._calls.add(part, FirstPass(*kept[0], kept[1]))
+        return left, right
 
     def _quantize_right(self, weight: Tensor, training: bool) -> FixedPoint:
         if self.keeps_weight:

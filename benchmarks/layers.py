@@ -1,8 +1,9 @@
-"""Compares a training step of recurrent layers in fixed point with torch's own in float32.
+"""Compares a training step of recurrent layers and of attention in fixed point with torch's own in float32.
 
-    python benchmarks/recurrent.py --kinds LSTM GRU
+    python benchmarks/layers.py --kinds LSTM attention
 
-One layer, forward and backward pass, at the same sizes for both, in turns. "between updates" are the steps on which no
+One layer, forward and backward pass, at the same sizes for both, in turns. Of attention float32 takes its fused kernel;
+"math path" is its other one, whose probabilities exist as a whole, as they do in fixed point. "between updates" are the steps on which no
 operand is measured, nearly all of a training; "updating" those on which all of them are. ``--profile`` prints where the
 time between updates goes.
 """
@@ -15,18 +16,51 @@ import cProfile
 import pstats
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from report import describe, machine, save_json, table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cnmix import QuantizeConfig
 from cnmix.nn import convert
 
-OUTPUT = Path(__file__).parent / "results" / "recurrent.json"
-KINDS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+OUTPUT = Path(__file__).parent / "results" / "layers.json"
+
+
+class Attention(nn.MultiheadAttention):
+    """Self-attention with heads of 64 features, on (length, batch, features)."""
+
+    def __init__(self, features: int, _: int) -> None:
+        super().__init__(features, features // 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Returns the output, and None."""
+        y, _ = super().forward(x, x, x, need_weights=False)
+        return y, None
+
+
+class CausalAttention(nn.Module):
+    """The same as language models write it, in which a position sees those before it."""
+
+    def __init__(self, features: int, _: int) -> None:
+        super().__init__()
+        self.heads = features // 64
+        self.into, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Returns the output, and None."""
+        q, k, v = (each.unflatten(-1, (self.heads, 64)).permute(1, 2, 0, 3) for each in self.into(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.permute(2, 0, 1, 3).flatten(2)), None
+
+
+RECURRENT = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+ATTENTION = {"attention": Attention, "causal attention": CausalAttention}
+KINDS: dict[str, Any] = {**RECURRENT, **ATTENTION}
 # Both stay at one width, for the time depends on it.
 ARMS = {
     "between updates": {"mode": "fixed_interval", "interval": 10_000, "quantify_rate": 0.0},
@@ -34,13 +68,14 @@ ARMS = {
 }
 
 
-def step(module: nn.Module, x: Tensor) -> tuple[float, float]:
+def step(module: nn.Module, x: Tensor, arm: str = "") -> tuple[float, float]:
     """Returns the seconds of a forward and of a backward pass."""
-    start = time.perf_counter()
-    y, _ = module(x)
-    middle = time.perf_counter()
-    y.sum().backward()
-    return middle - start, time.perf_counter() - middle
+    with sdpa_kernel(SDPBackend.MATH) if arm.endswith("math path") else nullcontext():
+        start = time.perf_counter()
+        y, _ = module(x)
+        middle = time.perf_counter()
+        y.sum().backward()
+        return middle - start, time.perf_counter() - middle
 
 
 def run_kind(kind: str, hidden: int, length: int, batch: int, bits: int, repeats: int) -> dict[str, list[float]]:
@@ -48,6 +83,8 @@ def run_kind(kind: str, hidden: int, length: int, batch: int, bits: int, repeats
     torch.manual_seed(0)
     plain = KINDS[kind](hidden, hidden)
     arms = {"float32": plain}
+    if kind in ATTENTION:
+        arms["float32, math path"] = copy.deepcopy(plain)
     for name, settings in ARMS.items():
         arms[name] = copy.deepcopy(plain)
         convert(arms[name], QuantizeConfig(bitwidth=bits, max_bitwidth=bits, **settings))
@@ -57,7 +94,7 @@ def run_kind(kind: str, hidden: int, length: int, batch: int, bits: int, repeats
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for _ in range(repeats):
         for name, module in arms.items():
-            found[name].append(step(module, x))
+            found[name].append(step(module, x, name))
     return {name: [statistics.median(each) for each in zip(*measured, strict=True)] for name, measured in found.items()}
 
 
@@ -75,7 +112,7 @@ def profile(kind: str, hidden: int, length: int, batch: int, bits: int) -> None:
 def main() -> None:
     """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--hidden", type=int, default=512, help="size of input and hidden state")
     parser.add_argument("--length", type=int, default=128, help="time steps")
     parser.add_argument("--batch", type=int, default=32, help="sequences")
@@ -93,7 +130,7 @@ def main() -> None:
         return
     found = machine()
     print(describe(found))
-    result: dict[str, Any] = {"benchmark": "recurrent", "machine": found, "sizes": sizes, "kinds": {}}
+    result: dict[str, Any] = {"benchmark": "layers", "machine": found, "sizes": sizes, "kinds": {}}
     rows = []
     for kind in args.kinds:
         times = result["kinds"][kind] = run_kind(kind, *sizes, args.repeats)
