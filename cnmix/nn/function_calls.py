@@ -35,13 +35,14 @@ class FunctionProducts:
     Attributes:
         configs: settings of the operands of each kind of product.
         fqn: see above.
+        ranks: see above.
     """
 
     def __init__(self, configs: OperandConfigs, fqn: str, latest_input: LatestInput, ranks: Ranks) -> None:
         self.configs: dict[Product, OperandConfigs] = {"matmul": configs, "convolution": configs}
         self.fqn = fqn
         self._latest_input = latest_input
-        self._ranks = ranks
+        self.ranks = ranks
 
     def change_settings(self, products: Iterable[Product] = ("matmul", "convolution"), **changes: Any) -> None:
         """Changes these settings of every operand of products that come to be from now on.
@@ -60,7 +61,7 @@ class FunctionProducts:
             kind,
             product_name(self.fqn, place),
             self._latest_input,
-            self._ranks,
+            self.ranks,
             of_function=True,
         )
         attach(module, {place: made})
