@@ -21,7 +21,7 @@ from .nn import (
     quantizer_sets,
     quantizers_of,
 )
-from .nn.callers import is_caller
+from .nn.callers import is_caller, ranks_of
 from .nn.classes import find_conversion, multiplies_by_functions, plain_class
 from .nn.convert import is_convertible, name_modules, product_names, revert
 from .nn.module_state import check_widths
@@ -113,17 +113,20 @@ def initialize(
     own_rules = (*leave_out(exclude), *parse_rules(rules))
     setup = Setup(level, config, own_rules, activations)
     # What cnmix.core was told before goes under the rules, except where a keyword says otherwise.
-    explicit = {name for name, value in given.items() if value is not None}
+    core: dict[Product, dict[str, Any]] = {
+        product: {name: value for name, value in changes.items() if given.get(name) is None}
+        for product, changes in registry.settings.items()
+    }
     to_convert: dict[nn.Module, tuple[Rule, ...]] = {}
     new_models: list[nn.Module] = []
     for model in model_list:
         known = _is_initialized(model, setup)
         present_rules = RuleBook(model, own_rules).without_gone() if known else own_rules
-        core_rules = _core_rules(model, explicit) if level.quantizes else []
+        core_rules = _core_rules(model, core) if level.quantizes else []
         all_rules = (*core_rules, *present_rules)
         configs = level.check(model, config, all_rules)
         if not known:
-            _check_parts(model, setup, all_rules)
+            _check_parts(model, setup, all_rules, core)
             functions = plan_functions(model, config, all_rules) if level.quantizes else {}
             calling = {fqn for fqn, settings in functions.items() if settings is not None}
             _check_waiting(model, configs, registry.waiting_models[len(new_models) :][:1], calling)
@@ -137,13 +140,18 @@ def initialize(
 
     # Everything has been checked; from here on things change.
     for model, its_rules in to_convert.items():
+        before = {module for _, module, _ in callers(model)}
         level.apply(model, config, its_rules, activations)
+        book = RuleBook(model, its_rules)
+        for _, module, made in callers(model):
+            if module not in before:
+                made.configs = _function_configs(book, module, config, core)
         _report_small(model, own_rules)
         if level.quantizes:
             _report_subclasses(model, its_rules)
     for model in model_list:
         name_modules(model)
-        for ranks in {quantizers.ranks for _, quantizers in quantizer_sets(model)}:
+        for ranks in {*ranks_of(model)}:
             ranks.choose(process_group)
     for model in new_models:
         registry.models[model] = setup
@@ -301,7 +309,16 @@ def _check_waiting(
             check_widths(state["modules"][name], name, present[name])
 
 
-def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
+def _function_configs(
+    book: RuleBook, module: nn.Module, config: QuantizeConfig, core: Mapping[Product, Mapping[str, Any]]
+) -> dict[Product, OperandConfigs]:
+    """Returns the settings for functions that a module calls, by kind of product."""
+    return {product: book.configure(module, config.replace(**changes)) for product, changes in core.items()}
+
+
+def _check_parts(
+    model: nn.Module, setup: Setup, rules: Sequence[Rule], core: Mapping[Product, Mapping[str, Any]]
+) -> None:
     """Refuses rules without effect, and a model with parts that another call converted with other settings."""
     book, parts = RuleBook(model, rules), dict(quantized_modules(model))
     convertible = [module for module in model.modules() if is_convertible(module) or is_caller(module)]
@@ -313,13 +330,16 @@ def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
         asked = book.configure(module, setup.config)
         half = None if setup.activations == torch.float32 else setup.activations
         same = setup.level.quantizes and not book.why_left_out(module)
-        settings = [quantizers.configs for _, quantizers in quantizers_of(module)]
-        settings += calling[fqn][1].configs.values() if fqn in calling else []
-        for _, quantizers in quantizers_of(module):
-            same &= quantizers.of_function or quantizers.output_dtype == half
-        for configs in settings:
+        own = [quantizers for _, quantizers in quantizers_of(module) if not quantizers.of_function]
+        settings: list[tuple[OperandConfigs, OperandConfigs]] = [(quantizers.configs, asked) for quantizers in own]
+        if fqn in calling:
+            of_functions = _function_configs(book, module, setup.config, core)
+            settings += [(configs, of_functions[kind]) for kind, configs in calling[fqn][1].configs.items()]
+        for quantizers in own:
+            same &= quantizers.output_dtype == half
+        for configs, wanted in settings:
             for operand, now in configs.items():  # the steps in an epoch may have been told later
-                same &= now == asked[operand].replace(steps_per_epoch=now.steps_per_epoch)
+                same &= now == wanted[operand].replace(steps_per_epoch=now.steps_per_epoch)
         if not same:
             raise ValueError(
                 f"{fqn!r} of this {type(model).__name__} was initialized before, with other settings: initialize the "
@@ -327,11 +347,10 @@ def _check_parts(model: nn.Module, setup: Setup, rules: Sequence[Rule]) -> None:
             )
 
 
-def _core_rules(model: nn.Module, explicit: set[str]) -> list[Rule]:
-    """Returns what ``cnmix.core`` was told, as rules for this model."""
+def _core_rules(model: nn.Module, core: Mapping[Product, Mapping[str, Any]]) -> list[Rule]:
+    """Returns what ``cnmix.core`` was told of each kind of product as rules for the modules of this model."""
     rules, present = [], {each for module in model.modules() for each in type(module).__mro__}
-    for product, settings in registry.settings.items():
-        changes = {name: value for name, value in settings.items() if name not in explicit}
+    for product, changes in core.items():
         types = tuple(
             plain for plain, ours in QUANTIZED_CLASSES.items() if ours.product == product and plain in present
         )

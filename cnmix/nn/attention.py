@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..entries import quantize_entries, repeat_entries
 from .batched import multiply_integers, save_operands, saved_operands, transposed
-from .function_calls import Call, is_multiplied
+from .function_calls import Call, are_broadcast, is_multiplied
 from .quantizers import ModuleQuantizers
 
 
@@ -56,15 +56,21 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """``torch.nn.functional.scaled_dot_product_attention``, in float32 between the products."""
-    wrong_mask = attn_mask is not None and (is_causal or type(attn_mask) is not Tensor)
-    if rest or wrong_mask or not is_multiplied(query, key, value) or min(map(Tensor.dim, (query, key, value))) < 3:
+    if rest or not is_multiplied(query, key, value) or min(map(Tensor.dim, (query, key, value))) < 3:
         return NotImplemented
     heads, shared = query.shape[-3], key.shape[-3]
-    grouped = enable_gqa and heads != shared and heads % shared == 0
-    batch = -3 if grouped else -2
     fits = query.shape[-1] == key.shape[-1] and key.shape[:-1] == value.shape[:-1]
-    if not fits or query.shape[:batch] != key.shape[:batch]:
+    if not fits or (heads != shared and ((not enable_gqa and shared > 1) or heads % shared)):
         return NotImplemented
+    if attn_mask is not None and (is_causal or not _is_mask(attn_mask, (*query.shape[:-1], key.shape[-2]))):
+        return NotImplemented
+    if not 0 <= dropout_p < 1:
+        return NotImplemented
+    if query.shape[:-3] != key.shape[:-3]:
+        if not are_broadcast(query.shape[:-3], key.shape[:-3]):
+            return NotImplemented
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+        query, key, value = (each.expand(*batch, *each.shape[-3:]) for each in (query, key, value))
     attention = attention_of(
         call,
         (query, key, value),
@@ -74,6 +80,13 @@ def scaled_dot_product_attention(
         dropout_p,
     )
     return NotImplemented if attention is None else attend(query, key, value, attn_mask, attention)
+
+
+def _is_mask(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether this is broadcast to scores of this shape."""
+    known = is_multiplied(mask) or (type(mask) is Tensor and mask.dtype == torch.bool and mask.numel() > 0)
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    return known and mask.dim() <= len(shape) and all(each in (1, size) for each, size in sizes)
 
 
 def attention_of(

@@ -36,6 +36,14 @@ def callers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FunctionProducts
             yield fqn, module, products
 
 
+def ranks_of(model: nn.Module) -> Iterator[Ranks]:
+    """Yields those that the products of the model know, of functions that are still to be called too."""
+    for _, quantizers in quantizer_sets(model):
+        yield quantizers.ranks
+    for _, _, products in callers(model):
+        yield products.ranks
+
+
 def install(
     model: nn.Module, configs: Mapping[str, OperandConfigs | None], latest_input: LatestInput, ranks: Ranks
 ) -> None:

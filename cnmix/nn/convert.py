@@ -11,10 +11,10 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from ..config import OperandConfigs, QuantizeConfig
 from ..rules import Rule, RuleBook
 from .base import NO_TENSOR_PARALLELISM, QuantizedModule, is_distributed
-from .callers import callers, install, is_caller, uninstall
+from .callers import callers, install, is_caller, ranks_of, uninstall
 from .classes import converted_class, find_conversion, plain_class, set_class
 from .half import use_float32
-from .places import attach, detach, product_name, quantizer_sets, quantizers_of
+from .places import attach, detach, product_name, quantizers_of
 from .quantizers import ModuleQuantizers
 from .ranks import Ranks, fully_sharded_modules
 from .shared_input import LatestInput
@@ -42,7 +42,7 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
     """
     planned, functions = plan(model, config, rules), plan_functions(model, config, rules)
     latest_input = LatestInput()
-    ranks = next((quantizers.ranks for _, quantizers in quantizer_sets(model)), None) or Ranks()
+    ranks = next(ranks_of(model), None) or Ranks()
     for fqn, configs in planned.items():
         module = model.get_submodule(fqn)
         converted = converted_class(plain_class(module))
@@ -55,8 +55,9 @@ def convert(model: nn.Module, config: QuantizeConfig, rules: Sequence[Rule] = ()
         set_class(module, converted)
     install(model, functions, latest_input, ranks)
     for module in model.modules():
-        # In evaluation this layer would hand the float weights of its Linear modules to a fused kernel.
-        if isinstance(module, nn.TransformerEncoderLayer) and any(quantized_modules(module)):
+        # In evaluation this layer would hand its float weights to a fused kernel.
+        on_core = any(quantized_modules(module)) or any(callers(module))
+        if isinstance(module, nn.TransformerEncoderLayer) and on_core:
             module.activation_relu_or_gelu = 0
     return list(planned)
 

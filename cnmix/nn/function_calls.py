@@ -35,13 +35,14 @@ class FunctionProducts:
     Attributes:
         configs: settings of the operands of each kind of product.
         fqn: see above.
+        ranks: see above.
     """
 
     def __init__(self, configs: OperandConfigs, fqn: str, latest_input: LatestInput, ranks: Ranks) -> None:
         self.configs: dict[Product, OperandConfigs] = {"matmul": configs, "convolution": configs}
         self.fqn = fqn
         self._latest_input = latest_input
-        self._ranks = ranks
+        self.ranks = ranks
 
     def change_settings(self, products: Iterable[Product] = ("matmul", "convolution"), **changes: Any) -> None:
         """Changes these settings of every operand of products that come to be from now on.
@@ -60,7 +61,7 @@ class FunctionProducts:
             kind,
             product_name(self.fqn, place),
             self._latest_input,
-            self._ranks,
+            self.ranks,
             of_function=True,
         )
         attach(module, {place: made})
@@ -99,7 +100,7 @@ def is_multiplied(*operands: Any) -> bool:
     )
 
 
-def _are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
+def are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two shapes are broadcast against each other."""
     return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
 
@@ -154,7 +155,7 @@ class Call:
         if not is_multiplied(a, b) or a.dim() == b.dim() == 1 or a.dim() == 0 or b.dim() == 0:
             return NotImplemented
         k = a.shape[-1]
-        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0] or not _are_broadcast(a.shape[:-2], b.shape[:-2]):
+        if k == 1 or k != b.shape[-2 if b.dim() > 1 else 0] or not are_broadcast(a.shape[:-2], b.shape[:-2]):
             return NotImplemented
         found = self.quantizers(a, b)
         if found is None:

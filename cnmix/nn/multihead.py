@@ -55,6 +55,10 @@ def multi_head_attention(
     )
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads or (is_causal and attn_mask is None):
         return NotImplemented
+    if not 0 <= dropout_p < 1 and training:
+        return NotImplemented
+    if not _fit(query, key, value, key_padding_mask, attn_mask, num_heads):
+        return NotImplemented
     weights = (in_proj_weight, q_proj_weight, out_proj_weight)
     attention = attention_of(
         call,
@@ -93,6 +97,16 @@ def multi_head_attention(
     if batched:
         return y, shown
     return y.squeeze(1), None if shown is None else shown.squeeze(0)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None, heads: int) -> bool:
+    """Whether the shapes of inputs and masks go together."""
+    (length, *batch, _), (keys, *others, _) = query.shape, key.shape
+    if key.shape[:-1] != value.shape[:-1] or batch != others:
+        return False
+    if padding is not None and padding.shape != (*batch, keys):
+        return False
+    return mask is None or mask.shape in ((length, keys), (math.prod(batch) * heads, length, keys))
 
 
 def _linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, part: str) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..fixed_point import BITS
 from ..operand import Observation, Rounds
-from .places import quantizers_of
+from .places import FUNCTIONS, quantizers_of
 from .recomputation import current_backward, in_reentrant_backward
 
 if TYPE_CHECKING:
@@ -162,10 +162,9 @@ class Ranks:
 
     def _find_mesh(self) -> dist.ProcessGroup | None:
         """Returns the processes that share the modules' parameters among them, where ``fully_shard`` did that."""
-        members = {id(member) for each in self._members if (member := each()) is not None}
         for parameters in all_parameter_groups():
             owners = (each._module_info.module for each in parameters.fsdp_params)
-            if any(id(quantizers) in members for owner in owners for _, quantizers in quantizers_of(owner)):
+            if any(knower.ranks is self for owner in owners for knower in _that_know_ranks(owner)):
                 self._sharded = True
                 mesh = parameters.mesh_info.mesh
                 return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
@@ -317,6 +316,13 @@ def is_fully_sharded(kind: type) -> bool:
     """Whether this is a class that ``fully_shard`` made."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was not imported, nothing is sharded
     return fsdp is not None and hasattr(fsdp, "FSDPModule") and issubclass(kind, fsdp.FSDPModule)
+
+
+def _that_know_ranks(module: nn.Module) -> Iterator[Any]:
+    """Yields the quantizers of a module's products, and what makes those of functions that it calls."""
+    yield from (quantizers for _, quantizers in quantizers_of(module))
+    if FUNCTIONS in module.__dict__:
+        yield module.__dict__[FUNCTIONS]
 
 
 def pack(step: int, observation: Observation | None) -> list[float]:
