@@ -22,6 +22,7 @@ _PASSING_ON = tuple(
     _TORCH + name for name in ("overrides.py", "functional.py", "_tensor.py", f"nn{os.sep}functional.py")
 )
 _MODULE_CALL = nn.Module._call_impl.__code__
+_SHORT_NAMES = {"scaled_dot_product_attention": "attention", "multi_head_attention_forward": "multi_head_attention"}
 _MATMUL_OPERATORS = ("@", "@=")
 
 
@@ -90,7 +91,7 @@ def _origin(code: CodeType) -> Literal["passing on", "library", "user"]:
 def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
     names: list[str] = []
     seen: set[CodeType] = set()
-    called, top = function, 0
+    called, top = "matmul" if function == "__rmatmul__" else function, 0
     for code, instruction in calls:
         if code in seen:  # a recursion has one place, however deep it goes
             continue
@@ -100,7 +101,7 @@ def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
         if called == "forward":
             top = len(names)  # what is above decorates it
     names = names[:top] or names
-    return ">".join(reversed(names)) + f":{function}"
+    return ">".join(reversed(names)) + f":{_SHORT_NAMES.get(function, function.strip('_'))}"
 
 
 def _line(code: CodeType, instruction: int, called: str) -> str:
