@@ -166,7 +166,6 @@ class Call:
         if b.dim() == 2:
             y = _multiply_matrix(left, b.t(), bias, *found)
         else:
-            found[0].keeps_weight = False
             y = multiply_batches(left, b, *found)
         return y.squeeze(-2) if a.dim() == 1 else y
 
