@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch.fx
 from torch import nn
 
 from ..config import OperandConfigs
@@ -16,9 +17,9 @@ from .shared_input import LatestInput
 
 
 def is_caller(module: nn.Module) -> bool:
-    """Whether a module's forward pass may call functions that multiply: one with code of the user's, and attention."""
+    """Whether a module's forward pass may call functions that multiply: one with code of the user's, attention, and a graph."""
     kind = plain_class(module)
-    if issubclass(kind, nn.MultiheadAttention):
+    if issubclass(kind, (nn.MultiheadAttention, torch.fx.GraphModule)):
         return True
     return any(
         callable(value) and not name.startswith("__")
