@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import OperandConfigs
 from .classes import plain_class
-from .function_calls import FunctionProducts, function_products, set_function_products
+from .function_calls import FunctionProducts, function_products, kind_of, set_function_products
 from .function_mode import unwatch, watch
 from .places import attach, detach, module_name, product_name, quantizer_sets, quantizers_of
 from .ranks import Ranks
@@ -17,7 +17,7 @@ from .shared_input import LatestInput
 
 
 def is_caller(module: nn.Module) -> bool:
-    """Whether a module's forward pass may call functions that multiply: one with code of the user's, attention, and a graph."""
+    """Whether a module's forward pass may call functions that multiply: code of the user's, attention, graphs."""
     kind = plain_class(module)
     if issubclass(kind, (nn.MultiheadAttention, torch.fx.GraphModule)):
         return True
@@ -76,6 +76,9 @@ def uninstall(model: nn.Module) -> None:
 
 def forget_functions(module: nn.Module) -> None:
     """Takes the quantizers of functions that it has called away from a module."""
+    products = function_products(module)
+    if products is not None:
+        products.expected, products.unexpected = set(), set()
     by_place = dict(quantizers_of(module))
     kept = {place: quantizers for place, quantizers in by_place.items() if not quantizers.of_function}
     if len(kept) < len(by_place):
@@ -98,11 +101,20 @@ def set_steps_per_epoch(model: nn.Module, steps_of: Callable[[str], int]) -> Non
 
 def make_products(model: nn.Module, names: Iterable[str]) -> None:
     """Makes the quantizers of those function products, by name, that the model may call; others are left."""
+    for _, module, products, place in _named_functions(model, names):
+        if place not in dict(quantizers_of(module)):
+            products.make(module, place)
+        products.expected.add(place)
+
+
+def function_configs(model: nn.Module, names: Iterable[str]) -> dict[str, OperandConfigs]:
+    """Returns the settings that those function products, by name, have or would have that the model may call."""
+    return {name: products.configs[kind_of(place)] for name, _, products, place in _named_functions(model, names)}
+
+
+def _named_functions(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module, FunctionProducts, str]]:
     found = {fqn: (module, products) for fqn, module, products in callers(model)}
     for name in names:
         fqn = module_name(name)
         if fqn in found and name != fqn:
-            module, products = found[fqn]
-            place = name[len(product_name(fqn, "-")) - 1 :]
-            if place not in dict(quantizers_of(module)):
-                products.make(module, place)
+            yield name, *found[fqn], name[len(product_name(fqn, "-")) - 1 :]

@@ -130,6 +130,9 @@ class _Leave:
             pass
         if not mode.modules:
             mode.__exit__(None, None, None)
+        products = function_products(module)
+        if products is not None and products.unexpected:
+            products.report_unexpected()
 
 
 def watch(module: nn.Module) -> None:
