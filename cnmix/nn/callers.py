@@ -65,6 +65,9 @@ def install(
             name = fqn or type(module).__name__
             set_function_products(module, FunctionProducts(settings, name, latest_input, ranks))
         watch(module)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):  # or it would make a nested tensor, for fused kernels alone
+            watch(module)
 
 
 def uninstall(model: nn.Module) -> None:
