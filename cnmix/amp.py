@@ -156,7 +156,8 @@ def initialize(
     for model in new_models:
         registry.models[model] = setup
         if registry.waiting_models:
-            load_model_state(model, registry.waiting_models.pop(0))
+            waiting = registry.waiting_models.pop(0)
+            load_model_state(model, waiting, waiting["strict"])
     for optimizer, own_scalers in zip(new_optimizers, scalers, strict=True):
         del registry.waiting_scalers[:1]
         registry.optimizers[optimizer] = own_scalers

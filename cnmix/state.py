@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .nn import callers, forget_functions, make_products, module_name, quantizer_sets
+from .nn import callers, forget_functions, function_configs, make_products, module_name, quantizer_sets
 from .nn.module_state import check_module_state, check_widths, upgrade_module_state
 from .optim import check_scalers
 from .registry import registry, unwrap
@@ -90,7 +90,7 @@ def load_state_dict(state: Mapping[str, Any], model: nn.Module | None = None, *,
         for scaler, saved_scale in zip(own, saved_scales, strict=True):
             scaler.load_state_dict(saved_scale)
     for each, saved in placed:
-        load_model_state(each, saved)
+        load_model_state(each, saved, strict)
     for line in lines:
         logger.warning("loading a cnmix state: %s", line)
     if model is None:
@@ -165,18 +165,21 @@ def check_fits(model: nn.Module, saved: Mapping[str, Any], strict: bool = True) 
     calling = {fqn for fqn, _, _ in callers(model)}
     if strict:
         check_names_fit(type(model).__name__, set(present), saved, calling)
-    for name in sorted({*present} & {*saved["modules"]}):
-        check_widths(saved["modules"][name], name, present[name].configs)
+    configs = {name: quantizers.configs for name, quantizers in present.items()}
+    configs.update(function_configs(model, saved["modules"]))
+    for name in sorted({*configs} & {*saved["modules"]}):
+        check_widths(saved["modules"][name], name, configs[name])
     return _differences(set(present), saved, calling)
 
 
-def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
+def load_model_state(model: nn.Module, saved: Mapping[str, Any], strict: bool = True) -> None:
     """Gives the quantizers of each product their saved state, where there is one.
 
-    The products of functions are then those that the saved run had called.
+    With ``strict`` the products of functions are then those that the saved run had called.
     """
     for _, module in model.named_modules():
-        forget_functions(module)
+        if strict:
+            forget_functions(module)
     make_products(model, saved["modules"])
     for name, quantizers in quantizer_sets(model):
         if name in saved["modules"]:

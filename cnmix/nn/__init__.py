@@ -2,7 +2,7 @@
 
 from ..config import OPERANDS
 from .base import QuantizedModule
-from .callers import callers, forget_functions, make_products, set_steps_per_epoch
+from .callers import callers, forget_functions, function_configs, make_products, set_steps_per_epoch
 from .convert import convert, convertible_modules, convertible_products, plan_functions, quantized_modules
 from .modules import (
     QUANTIZED_CLASSES,
@@ -50,6 +50,7 @@ __all__ = [
     "convertible_modules",
     "convertible_products",
     "forget_functions",
+    "function_configs",
     "make_products",
     "module_name",
     "plan_functions",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch.fx
 from torch import nn
 
 from ..config import OperandConfigs
 from .classes import plain_class
-from .function_calls import FunctionProducts, function_products, set_function_products
+from .function_calls import FunctionProducts, function_products, kind_of, set_function_products
 from .function_mode import unwatch, watch
 from .places import attach, detach, module_name, product_name, quantizer_sets, quantizers_of
 from .ranks import Ranks
@@ -16,9 +17,9 @@ from .shared_input import LatestInput
 
 
 def is_caller(module: nn.Module) -> bool:
-    """Whether a module's forward pass may call functions that multiply: one with code of the user's, and attention."""
+    """Whether a module's forward pass may call functions that multiply: code of the user's, attention, graphs."""
     kind = plain_class(module)
-    if issubclass(kind, nn.MultiheadAttention):
+    if issubclass(kind, (nn.MultiheadAttention, torch.fx.GraphModule)):
         return True
     return any(
         callable(value) and not name.startswith("__")
@@ -64,6 +65,9 @@ def install(
             name = fqn or type(module).__name__
             set_function_products(module, FunctionProducts(settings, name, latest_input, ranks))
         watch(module)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):  # or it would make a nested tensor, for fused kernels alone
+            watch(module)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -75,6 +79,9 @@ def uninstall(model: nn.Module) -> None:
 
 def forget_functions(module: nn.Module) -> None:
     """Takes the quantizers of functions that it has called away from a module."""
+    products = function_products(module)
+    if products is not None:
+        products.expected, products.unexpected = set(), set()
     by_place = dict(quantizers_of(module))
     kept = {place: quantizers for place, quantizers in by_place.items() if not quantizers.of_function}
     if len(kept) < len(by_place):
@@ -97,11 +104,20 @@ def set_steps_per_epoch(model: nn.Module, steps_of: Callable[[str], int]) -> Non
 
 def make_products(model: nn.Module, names: Iterable[str]) -> None:
     """Makes the quantizers of those function products, by name, that the model may call; others are left."""
+    for _, module, products, place in _named_functions(model, names):
+        if place not in dict(quantizers_of(module)):
+            products.make(module, place)
+        products.expected.add(place)
+
+
+def function_configs(model: nn.Module, names: Iterable[str]) -> dict[str, OperandConfigs]:
+    """Returns the settings that those function products, by name, have or would have that the model may call."""
+    return {name: products.configs[kind_of(place)] for name, _, products, place in _named_functions(model, names)}
+
+
+def _named_functions(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module, FunctionProducts, str]]:
     found = {fqn: (module, products) for fqn, module, products in callers(model)}
     for name in names:
         fqn = module_name(name)
         if fqn in found and name != fqn:
-            module, products = found[fqn]
-            place = name[len(product_name(fqn, "-")) - 1 :]
-            if place not in dict(quantizers_of(module)):
-                products.make(module, place)
+            yield name, *found[fqn], name[len(product_name(fqn, "-")) - 1 :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from .quantizers import ModuleQuantizers
 from .ranks import Ranks
 from .recomputation import reentrant_part
 from .shared_input import LatestInput
+
+logger = logging.getLogger("cnmix")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
@@ -36,6 +39,8 @@ class FunctionProducts:
         configs: settings of the operands of each kind of product.
         fqn: see above.
         ranks: see above.
+        expected: places of products in the state that was loaded, which were not called since.
+        unexpected: places that are not in it, and were called.
     """
 
     def __init__(self, configs: OperandConfigs, fqn: str, latest_input: LatestInput, ranks: Ranks) -> None:
@@ -43,6 +48,8 @@ class FunctionProducts:
         self.fqn = fqn
         self._latest_input = latest_input
         self.ranks = ranks
+        self.expected: set[str] = set()
+        self.unexpected: set[str] = set()
 
     def change_settings(self, products: Iterable[Product] = ("matmul", "convolution"), **changes: Any) -> None:
         """Changes these settings of every operand of products that come to be from now on.
@@ -66,6 +73,18 @@ class FunctionProducts:
         )
         attach(module, {place: made})
         return made
+
+    def report_unexpected(self) -> None:
+        """Says, once, that the module calls other functions than when its state was saved."""
+        if self.expected:
+            logger.warning(
+                "%r does not call %s, which the state that was loaded has, but %s, which it does not have and which "
+                "begins anew: a place is named by its line in the code, which has changed since",
+                self.fqn,
+                ", ".join(sorted(self.expected)),
+                ", ".join(sorted(self.unexpected)),
+            )
+        self.expected, self.unexpected = set(), set()
 
 
 def function_products(module: nn.Module) -> FunctionProducts | None:
@@ -136,6 +155,10 @@ class Call:
         """
         place = f"{self.place}.{part}" if self.place and part else self.place or part
         found = self.module.__dict__.get("quantizers_by_place", {}).get(place)
+        if self.products.expected:
+            self.products.expected.discard(place)
+            if found is None:
+                self.products.unexpected.add(place)
         if found is None:
             if not self._has_gradients(operands):
                 return None

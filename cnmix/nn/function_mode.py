@@ -40,7 +40,8 @@ class _ProductMode(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        handler = FUNCTIONS.get(func)
+        # A part of a module that is compiled by itself: a graph takes this mode in.
+        handler = None if torch.compiler.is_compiling() else FUNCTIONS.get(func)
         if handler is not None:
             call = self._find_call(func)
             result = NotImplemented if call is None else handler(call, *args, **kwargs)
@@ -74,7 +75,7 @@ class _ProductMode(TorchFunctionMode):
 
     def forget_interrupted(self) -> None:
         """Forgets modules whose calls have ended without their hooks, which Ctrl-C leaves out."""
-        while self.modules and not _is_called(self.modules[-1]):
+        while self.modules and not _calls_another(self.modules[-1]):
             self.modules.pop()
 
 
@@ -129,6 +130,9 @@ class _Leave:
             pass
         if not mode.modules:
             mode.__exit__(None, None, None)
+        products = function_products(module)
+        if products is not None and products.unexpected:
+            products.report_unexpected()
 
 
 def watch(module: nn.Module) -> None:
@@ -146,13 +150,15 @@ def unwatch(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(number, None)
 
 
-def _is_called(module: nn.Module) -> bool:
+def _calls_another(module: nn.Module) -> bool:
+    """Whether this module is being called, and has called the one that is being called now."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if called_module(frame) is module:
-            return True
+    while frame is not None and called_module(frame) is None:
         frame = frame.f_back
-    return False
+    frame = None if frame is None else frame.f_back
+    while frame is not None and called_module(frame) is not module:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _announce(name: str) -> None:

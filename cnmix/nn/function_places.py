@@ -21,6 +21,8 @@ _PYTHON = os.path.dirname(os.__file__) + os.sep
 _PASSING_ON = tuple(
     _TORCH + name for name in ("overrides.py", "functional.py", "_tensor.py", f"nn{os.sep}functional.py")
 )
+# What torch.compile has made goes through this one, also where no graph could be made and Python runs it.
+_COMPILED = "compile_wrapper"
 _MODULE_CALL = nn.Module._call_impl.__code__
 _SHORT_NAMES = {"scaled_dot_product_attention": "attention", "multi_head_attention_forward": "multi_head_attention"}
 _MATMUL_OPERATORS = ("@", "@=")
@@ -38,8 +40,8 @@ def calling_frames(module: nn.Module) -> list[FrameType] | None:
     """Returns the frames of the user's code that lead to the function of torch that is being handled.
 
     Those of this module's forward pass, the one that called the function first. None where that is code of torch or of
-    cnmix, such as a module that was left in float, and where this module is not being called: Ctrl-C leaves a call
-    without its hooks.
+    cnmix, such as a module that was left in float, or is compiled, and where this module is not being called: Ctrl-C
+    leaves a call without its hooks.
     """
     frame: FrameType | None = sys._getframe(3)  # past the mode's two
     while frame is not None and _origin(frame.f_code) == "passing on":
@@ -49,6 +51,8 @@ def calling_frames(module: nn.Module) -> list[FrameType] | None:
     found: list[FrameType] = []
     whole = False
     while frame is not None and called_module(frame) is not module:
+        if frame.f_code.co_name == _COMPILED and _origin(frame.f_code) == "library":
+            return None
         # What activation checkpointing calls again is called from elsewhere then.
         whole |= frame.f_code.co_filename == checkpoint.__file__
         if not whole and _origin(frame.f_code) == "user":

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..adaptive import OperandQuantizer
 from ..config import OPERANDS, check_names
-from ..nn import ModuleQuantizers, quantizer_sets, quantizers_of
+from ..nn import ModuleQuantizers, callers, quantizer_sets, quantizers_of
+from ..nn.function_calls import function_products
 from ..rules import matches, no_module_called
 from .operand_table import operand_table
 
@@ -55,6 +56,7 @@ class MonitorHooks:
         self.every_n_steps = every_n_steps
         self.modules = tuple(modules)
         self.operands = tuple(operands) or OPERANDS
+        self._watching = False
         self._watched: dict[str, OperandQuantizer] = {}
         self._latest_step = 0
         self._asked_at: int | None = None
@@ -65,21 +67,16 @@ class MonitorHooks:
         Raises:
             ValueError: if one of ``modules`` is no name, with the nearest known one, or nothing there is converted.
         """
-        self._watched = {}
+        self._let_go()
         chosen = choose_products(pl_module, self.modules)  # on every rank, so that all of them refuse a wrong name
         if not trainer.is_global_zero:
             return
-        if not chosen:
+        if not chosen and not any(callers(pl_module)):
             logger.warning("CnmixMonitor has nothing to log: %s", _NOTHING_CONVERTED)
         elif not trainer.loggers:
             logger.warning("CnmixMonitor has nowhere to log to: the Trainer has no logger (logger=True makes one)")
         else:
-            self._watched = {
-                f"cnmix/{name}/{operand}": quantizer
-                for name, quantizers in chosen.items()
-                for operand, quantizer in quantizers
-                if operand in self.operands
-            }
+            self._watching = True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts to count; a resumed run logs on the steps on which an uninterrupted one would."""
@@ -90,8 +87,9 @@ class MonitorHooks:
         # Not by the remainder: manual optimization may take several steps in a batch.
         due = trainer.global_step // self.every_n_steps > self._latest_step // self.every_n_steps
         self._latest_step = trainer.global_step
-        if due and self._watched:
+        if due and self._watching:
             self._asked_at = trainer.global_step
+            self._watch(pl_module)
             for quantizer in self._watched.values():
                 quantizer.look_next, quantizer.shares = True, None
 
@@ -99,6 +97,7 @@ class MonitorHooks:
         """Logs, where the batch's start asked for it."""
         if self._asked_at is None:
             return
+        self._watch(pl_module)
         metrics = {
             f"{operand}/{name}": value
             for operand, quantizer in self._watched.items()
@@ -116,6 +115,15 @@ class MonitorHooks:
         """Leaves the quantizers as they were."""
         self._let_go()
 
+    def _watch(self, model: nn.Module) -> None:
+        """Finds what is logged; products of functions come to be when they are first called."""
+        self._watched = {
+            f"cnmix/{name}/{operand}": quantizer
+            for name, quantizers in choose_products(model, self.modules).items()
+            for operand, quantizer in quantizers
+            if operand in self.operands
+        }
+
     def _stop_looking(self) -> None:
         self._asked_at = None
         for quantizer in self._watched.values():  # some took no part in this batch
@@ -123,7 +131,7 @@ class MonitorHooks:
 
     def _let_go(self) -> None:
         self._stop_looking()
-        self._watched = {}
+        self._watching, self._watched = False, {}
 
 
 class ProgressBarHooks:
@@ -140,17 +148,22 @@ class ProgressBarHooks:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts to count."""
-        self._quantizers = [each for _, quantizers in quantizer_sets(pl_module) for _, each in quantizers]
+        self._find_quantizers(pl_module)
         self._steps = [(monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the optimizer's steps."""
+        if batch_idx < 2 or batch_idx % _RATE_STEPS == 0:  # products of functions come to be when they are first called
+            self._find_quantizers(pl_module)
         if self._steps and trainer.global_step > self._steps[-1][1]:
             self._steps = [*self._steps[-_RATE_STEPS:], (monotonic(), trainer.global_step)]
         bar: Any = super()
         bar.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _find_quantizers(self, model: nn.Module) -> None:
+        self._quantizers = [each for _, quantizers in quantizer_sets(model) for _, each in quantizers]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Stops the clock."""
@@ -256,13 +269,15 @@ _NOTHING_CONVERTED = (
 def choose_products(model: nn.Module, patterns: Iterable[str]) -> dict[str, ModuleQuantizers]:
     """Returns the quantizers of the modules that one of the patterns covers, by product; all of them without patterns.
 
+    Those of functions that a module calls are among them once they have been called.
+
     Raises:
         ValueError: for a pattern that no module's name fits, with the nearest one, or no module in fixed point; not
             where the model has none at all.
     """
     converted = dict(quantizer_sets(model))
     patterns = tuple(patterns)
-    if not patterns or not converted:
+    if not patterns or (not converted and not any(callers(model))):
         return converted
     # A module that is registered under several names can be chosen by any of them.
     known = dict(model.named_modules(remove_duplicate=False))
@@ -272,7 +287,7 @@ def choose_products(model: nn.Module, patterns: Iterable[str]) -> dict[str, Modu
         if not covered:
             raise ValueError(f"CnmixMonitor: {no_module_called(pattern, known)}")
         found = {id(quantizers) for module in covered for _, quantizers in quantizers_of(module)}
-        if not found:
+        if not found and not any(function_products(module) is not None for module in covered):
             raise ValueError(f"CnmixMonitor: nothing in {pattern!r} computes in fixed point: see cnmix.summary(model)")
         chosen |= found
     return {name: quantizers for name, quantizers in converted.items() if id(quantizers) in chosen}
