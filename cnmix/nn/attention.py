@@ -1,9 +1,14 @@
 """Attention: its two products in fixed point, its softmax in float, differentiable.
 
 The scores are scaled, masked and made probabilities in one piece of memory. Kept for the backward pass are the integers
-of query, key and value, and the probabilities in float, which the gradient of softmax takes; their integers, for the
-gradient of value, are computed from them again: float32's way keeps as many probabilities, and float queries, keys and
-values besides.
+of query, key and value, and the probabilities in float, which the gradient of softmax takes: float32's way keeps as
+many probabilities, and float queries, keys and values besides.
+
+A row that sees many positions has small probabilities, and one that sees a single one has a 1: with one position for
+all, int8 would make the former zeros. So each row is divided by its largest value before it is quantized (which gives
+``exp(score - largest score)``), and the row of the product multiplied by it again, in float. Value's gradient sums over
+these rows, so that nothing can be undone behind it: there each row is divided by the square root, and the row of the
+output's gradient multiplied by it, which shares the range out between the two operands.
 """
 
 from __future__ import annotations
@@ -15,10 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..entries import quantize_entries, repeat_entries
+from ..entries import quantize_entries
 from .batched import multiply_integers, save_operands, saved_operands, transposed
 from .function_calls import Call, are_broadcast, is_multiplied
 from .quantizers import ModuleQuantizers
+
+# The largest value that fills the width: 127 steps of int8 at the position of 1.
+_FULL = 127 / 64
+_SMALLEST = 1e-30  # of a row's largest probability, for rows of zeros
 
 
 class Attention(NamedTuple):
@@ -27,8 +36,8 @@ class Attention(NamedTuple):
     Attributes:
         scores: quantizers of the product of query and key.
         values: of the product of probabilities and value.
-        trains_scores: whether the statistics of ``scores`` may move.
-        trains_values: likewise of ``values``.
+        value_gradient: of the product that is value's gradient.
+        trains: whether their statistics may move.
         scale: of the scores.
         causal: whether position i of the query sees only positions up to i of the key.
         dropout: share of the probabilities to drop.
@@ -36,8 +45,8 @@ class Attention(NamedTuple):
 
     scores: ModuleQuantizers
     values: ModuleQuantizers
-    trains_scores: bool
-    trains_values: bool
+    value_gradient: ModuleQuantizers
+    trains: bool
     scale: float
     causal: bool
     dropout: float
@@ -79,7 +88,7 @@ def scaled_dot_product_attention(
         is_causal,
         dropout_p,
     )
-    return NotImplemented if attention is None else attend(query, key, value, attn_mask, attention)
+    return NotImplemented if attention is None else attend(query, key, value, attn_mask, attention)[0]
 
 
 def _is_mask(mask: Tensor, shape: tuple[int, ...]) -> bool:
@@ -93,14 +102,16 @@ def attention_of(
     call: Call, operands: tuple[Tensor, ...], prefix: str, scale: float, causal: bool, dropout: float
 ) -> Attention | None:
     """Finds the quantizers of attention; None where it stays float."""
-    scores = call.quantizers(*operands, part=f"{prefix}scores")
-    values = call.quantizers(*operands, part=f"{prefix}values")
-    if scores is None or values is None:
+    found = [call.quantizers(*operands, part=prefix + part) for part in ("scores", "values", "value_gradient")]
+    scores, values, gradient = found
+    if scores is None or values is None or gradient is None:
         return None
-    return Attention(scores[0], values[0], scores[1], values[1], scale, causal, dropout)
+    return Attention(scores[0], values[0], gradient[0], scores[1], scale, causal, dropout)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention, shows: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Returns ``softmax(query @ key.T * scale + mask) @ value``.
 
     Args:
@@ -109,57 +120,68 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, atten
         value: float (*batch, shared, S, V).
         mask: broadcast to (*batch, heads, L, S): bool, true where a position is seen, or float to add; or None.
         attention: what else to compute with.
+        shows: whether to return the probabilities too.
 
     Returns:
-        (*batch, heads, L, V), of the dtype of ``query``.
+        (*batch, heads, L, V), of the dtype of ``query``; and the probabilities, after dropout, (*batch, heads, L, S).
     """
-    return _Attention.apply(query, key, value, mask, attention)
+    y, shown = _Attention.apply(query, key, value, mask, attention, shows)
+    return y, shown
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention
-    ) -> Tensor:
-        shape = (*query.shape[:-1], key.shape[-2])
-        grouped = _rows_by_shared_head(query, key.shape[-3])
-        qq, qk, _ = attention.scores.quantize_batches(grouped, key, attention.trains_scores)
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        attention: Attention,
+        shows: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape, shared = (*query.shape[:-1], key.shape[-2]), key.shape[-3]
+        grouped = _rows_by_shared_head(query, shared)
+        qq, qk, _ = attention.scores.quantize_batches(grouped, key, attention.trains)
         scores = multiply_integers(qq, transposed(qk), attention.scores, torch.float32).view(shape)
         weights = probabilities(scores, mask, attention).to(query.dtype)
         kept = None
         if attention.dropout:
             kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - attention.dropout)
-        dropped = _rows_by_shared_head(_drop(weights, kept, attention), key.shape[-3])
-        qw, qv, ctx.again = attention.values.quantize_batches(dropped, value, attention.trains_values)
-        del dropped
-        y = multiply_integers(qw, qv, attention.values, query.dtype)
+        largest = weights.amax(-1, keepdim=True).to(torch.float32).clamp_(min=_SMALLEST)
+        scaled = _rows_by_shared_head(_dropped(weights, kept, attention, _FULL / largest), shared)
+        qw, qv, _ = attention.values.quantize_batches(scaled, value, attention.trains)
+        del scaled
+        y = multiply_integers(qw, qv, attention.values, torch.float32).view(*query.shape[:-1], value.shape[-1])
         ctx.attention = attention
-        save_operands(ctx, qq, qk, qv, others=(weights, kept))
+        save_operands(ctx, qq, qk, qv, others=(weights, kept, largest))
         ctx.shapes = query.shape, value.shape, None if mask is None else mask.shape
         ctx.dtypes = tuple(None if each is None else each.dtype for each in (query, key, value, mask))
-        return y.view(*query.shape[:-1], value.shape[-1])
+        ctx.set_materialize_grads(False)
+        shown = _dropped(weights, kept, attention, torch.ones(())).to(query.dtype) if shows else None
+        return y.mul_(largest / _FULL).to(query.dtype), shown
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (qq, qk, qv), (weights, kept) = saved_operands(ctx)
+    def backward(ctx: Any, grad_output: Tensor | None, grad_shown: Tensor | None) -> tuple[Tensor | None, ...]:
+        (qq, qk, qv), (weights, kept, largest) = saved_operands(ctx)
         attention, (q_dtype, k_dtype, v_dtype, mask_dtype) = ctx.attention, ctx.dtypes
-        needs_query, needs_key, needs_value, needs_mask, _ = ctx.needs_input_grad
+        needs_query, needs_key, needs_value, needs_mask, *_ = ctx.needs_input_grad
         query_shape, value_shape, mask_shape = ctx.shapes
         shared = value_shape[-3]
         grad_query = grad_key = grad_value = grad_mask = None
-        if attention.trains_values:
+        if attention.trains:
             attention.values.ranks.backward_begins()
-        grouped = _rows_by_shared_head(grad_output, shared)
-        qg = quantize_entries(attention.values.grad_output, grouped, attention.trains_values)
+        if grad_output is None:
+            grad_output = weights.new_zeros(*query_shape[:-1], value_shape[-1])
         if needs_value:
-            dropped = _rows_by_shared_head(_drop(weights, kept, attention), shared)
-            qw = repeat_entries(attention.values.input, dropped, ctx.again, attention.trains_values)
-            del dropped
-            grad_value = multiply_integers(transposed(qw), qg, attention.values, v_dtype)
-            del qw
+            grad_value = _value_gradient(weights, kept, largest, grad_output, shared, attention).to(v_dtype)
         if needs_query or needs_key or needs_mask:
+            grouped = _rows_by_shared_head(grad_output, shared)
+            qg = quantize_entries(attention.values.grad_output, grouped, attention.trains)
             grad = multiply_integers(qg, transposed(qv), attention.values, torch.float32).view(weights.shape)
+            if grad_shown is not None:
+                grad.add_(grad_shown)
             if kept is not None:
                 grad.mul_(kept).div_(1 - attention.dropout)
             weights = weights.to(torch.float32)
@@ -168,13 +190,25 @@ class _Attention(torch.autograd.Function):
                 grad_mask = grad.sum_to_size(mask_shape).to(mask_dtype)
             grouped = _rows_by_shared_head(grad.mul_(attention.scale), shared)
             if needs_query or needs_key:
-                qs = quantize_entries(attention.scores.grad_output, grouped, attention.trains_scores)
+                qs = quantize_entries(attention.scores.grad_output, grouped, attention.trains)
                 del grad, grouped
                 if needs_query:
                     grad_query = multiply_integers(qs, qk, attention.scores, q_dtype).view(query_shape)
                 if needs_key:
                     grad_key = multiply_integers(transposed(qs), qq, attention.scores, k_dtype)
-        return grad_query, grad_key, grad_value, grad_mask, None
+        return grad_query, grad_key, grad_value, grad_mask, None, None
+
+
+def _value_gradient(
+    weights: Tensor, kept: Tensor | None, largest: Tensor, grad_output: Tensor, shared: int, attention: Attention
+) -> Tensor:
+    """Returns ``weights.T @ grad_output``, each row of both scaled halfway to what evens out those of the weights."""
+    half, quantizers = largest.sqrt(), attention.value_gradient
+    left = _rows_by_shared_head(_dropped(weights, kept, attention, _FULL / half), shared)
+    ql = quantize_entries(quantizers.input, left, attention.trains)
+    right = _rows_by_shared_head(grad_output * (half / _FULL), shared)
+    qr = quantize_entries(quantizers.weight, right, attention.trains)
+    return multiply_integers(transposed(ql), qr, quantizers, torch.float32)
 
 
 def probabilities(scores: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
@@ -195,8 +229,10 @@ def probabilities(scores: Tensor, mask: Tensor | None, attention: Attention) -> 
     return weights if blind is None else weights.masked_fill_(blind, 0.0)
 
 
-def _drop(weights: Tensor, kept: Tensor | None, attention: Attention) -> Tensor:
-    return weights if kept is None else weights.mul(kept).div_(1 - attention.dropout)
+def _dropped(weights: Tensor, kept: Tensor | None, attention: Attention, factor: Tensor) -> Tensor:
+    """Returns the probabilities after dropout, each row times a factor."""
+    scaled = weights * (factor / (1 - attention.dropout))
+    return scaled if kept is None else scaled.mul_(kept)
 
 
 def _rows_by_shared_head(x: Tensor, shared: int) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attention, attend, attention_of
-from .batched import multiply_batches
+from .attention import attend, attention_of
 from .function_calls import Call, is_multiplied
 
 
@@ -86,12 +85,9 @@ def multi_head_attention(
     if add_zero_attn:
         k, v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2) for x in (k, v))
     mask = _merged_mask(attn_mask, key_padding_mask, q, k.shape[2])
-    shown = None
-    if need_weights:
-        y, shown = _attend_showing(q, k, v, mask, attention)
-        shown = shown.mean(1) if average_attn_weights else shown
-    else:
-        y = attend(q, k, v, mask, attention)
+    y, shown = attend(q, k, v, mask, attention, need_weights)
+    if shown is not None and average_attn_weights:
+        shown = shown.mean(1)
     y = y.permute(2, 0, 1, 3).flatten(2)  # (length, batch, embed_dim)
     y = _linear(call, y, out_proj_weight, out_proj_bias, "out_proj")
     if batched:
@@ -158,13 +154,3 @@ def _merged_mask(mask: Tensor | None, padding: Tensor | None, query: Tensor, key
             added = added.view(batch, heads, length, keys)
         merged = added if merged is None else merged + added
     return merged
-
-
-def _attend_showing(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention
-) -> tuple[Tensor, Tensor]:
-    """Does what ``attend`` does in parts that autograd links, and returns the probabilities too."""
-    scores = multiply_batches(q, k.transpose(-1, -2), attention.scores, attention.trains_scores) * attention.scale
-    weights = torch.softmax(scores if mask is None else scores + mask, -1)
-    weights = F.dropout(weights, attention.dropout)
-    return multiply_batches(weights, v, attention.values, attention.trains_values), weights

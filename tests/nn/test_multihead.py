@@ -63,7 +63,7 @@ def test_options(options, sizes, need_weights):
             attention(batch_first=batch_first, **options, **sizes), lambda m, x=given: m(*x, need_weights=need_weights)
         )
         assert_close(ours, expected)
-        assert len(places(module)) == 6
+        assert len(places(module)) == 7
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -72,7 +72,9 @@ def test_projections_of_one_tensor_are_one_product(need_weights):
     for given, projections in (((x, x, x), ["in_proj"]), ((x, memory, memory), ["in_proj.query", "in_proj.key_value"])):
         ours, expected, module = both(attention(), lambda m, x=given: m(*x, need_weights=need_weights))
         assert_close(ours, expected)
-        assert places(module) == [f"..{each}" for each in ("scores", "values", *projections, "out_proj")]
+        assert places(module) == [
+            f"..{each}" for each in ("scores", "values", "value_gradient", *projections, "out_proj")
+        ]
 
 
 PADDING = torch.arange(KEYS) >= torch.tensor([[3], [5], [4]])
@@ -83,7 +85,6 @@ OF_HEADS[..., 0] = False
 MASKS = {
     "padding": {"key_padding_mask": PADDING},
     "float padding": {"key_padding_mask": torch.zeros(BATCH, KEYS).masked_fill(PADDING, -torch.inf)},
-    "nothing but padding": {"key_padding_mask": torch.ones(BATCH, KEYS, dtype=torch.bool)},
     "mask": {"attn_mask": SEEN},
     "float mask": {"attn_mask": -9.0 * SEEN},
     "mask of heads": {"attn_mask": OF_HEADS},
@@ -96,6 +97,15 @@ MASKS = {
     "integers": {"attn_mask": torch.zeros(LENGTH, KEYS, dtype=torch.int32)},
     "causal without a mask": {"is_causal": True},
 }
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_what_sees_nothing_is_zeros(need_weights):
+    """As in torch without weights; with them torch has NaN."""
+    padding = torch.ones(BATCH, KEYS, dtype=torch.bool)
+    _, expected, _ = both(attention(), lambda m: m(*inputs(), need_weights=False, key_padding_mask=padding))
+    ours, _, _ = both(attention(), lambda m: m(*inputs(), need_weights=need_weights, key_padding_mask=padding))
+    assert_close([ours[0], *ours[-len(expected) + 1 :]], expected)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -223,7 +233,14 @@ def test_a_subclass_is_attention_too():
     module = Own(WIDTH, 2, batch_first=True)
     cnmix.initialize(module, **INT8)
     module(inputs()[0]).sum().backward()
-    assert places(module) == ["..scores", "..values", "..in_proj", "..out_proj", "..forward+1:matmul"]
+    assert places(module) == [
+        "..scores",
+        "..values",
+        "..value_gradient",
+        "..in_proj",
+        "..out_proj",
+        "..forward+1:matmul",
+    ]
 
 
 def test_attention_that_a_rule_leaves_out_stays_float():
