@@ -3,9 +3,10 @@
     python benchmarks/layers.py --kinds LSTM attention
 
 One layer, forward and backward pass, at the same sizes for both, in turns. Of attention float32 takes its fused kernel;
-"math path" is its other one, whose probabilities exist as a whole, as they do in fixed point. "between updates" are the steps on which no
-operand is measured, nearly all of a training; "updating" those on which all of them are. ``--profile`` prints where the
-time between updates goes.
+"math path" is its other one, whose probabilities exist as a whole, as they do in fixed point. "between updates" are the
+steps on which no operand is measured, nearly all of a training; "updating" those on which all of them are.
+``--profile`` prints where the time between updates goes, ``--memory`` what attention takes at several lengths, each in
+a process of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import cProfile
 import pstats
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import check_system, release, resident, restart_peak
 from report import describe, machine, save_json, table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from training_step import count_saved
 
 from cnmix import QuantizeConfig
 from cnmix.nn import convert
@@ -98,6 +103,41 @@ def run_kind(kind: str, hidden: int, length: int, batch: int, bits: int, repeats
     return {name: [statistics.median(each) for each in zip(*measured, strict=True)] for name, measured in found.items()}
 
 
+def attend_once(length: int, arm: str) -> dict[str, int]:
+    """Returns the bytes that a step of attention alone saves, and by which memory grows in it, in this process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = CausalAttention(512, 512)
+    if arm in ARMS:
+        convert(module, QuantizeConfig(bitwidth=8, max_bitwidth=8, **ARMS[arm]))
+    x = torch.randn(length, 4, 512)
+    step(module, x, arm)
+    with count_saved(module) as saved:
+        step(module, x, arm)
+    release()
+    before = resident()
+    restart_peak()
+    step(module, x, arm)
+    return {"saved": sum(saved.values()), "grown": resident("VmHWM") - before}
+
+
+def compare_memory() -> dict[str, dict[str, dict[str, int]]]:
+    """Returns what ``attend_once`` does for several lengths, batch 4, 8 heads of 64 features."""
+    check_system()
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for length in (128, 512, 1024):
+        for arm in ("float32", "float32, math path", "between updates", "updating"):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                found.setdefault(str(length), {})[arm] = pool.submit(attend_once, length, arm).result()
+    rows = [
+        [length, arm, f"{each['saved'] / 2**20:.1f}", f"{each['grown'] / 2**20:.1f}"]
+        for length, arms in found.items()
+        for arm, each in arms.items()
+    ]
+    table("causal attention, batch 4, int8", ["length", "arm", "MiB saved for the backward pass", "MiB grown"], rows)
+    return found
+
+
 def profile(kind: str, hidden: int, length: int, batch: int, bits: int) -> None:
     """Prints where the time between updates goes."""
     module = KINDS[kind](hidden, hidden)
@@ -120,6 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="measured steps of each")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing else")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of attention, and nothing else")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -131,6 +172,10 @@ def main() -> None:
     found = machine()
     print(describe(found))
     result: dict[str, Any] = {"benchmark": "layers", "machine": found, "sizes": sizes, "kinds": {}}
+    if args.memory:
+        result = {"benchmark": "layers memory", "machine": found, "lengths": compare_memory()}
+        print(save_json(args.output.with_stem(args.output.stem + "_memory"), result))
+        return
     rows = []
     for kind in args.kinds:
         times = result["kinds"][kind] = run_kind(kind, *sizes, args.repeats)

@@ -30,7 +30,7 @@ def quantize_entries(quantizer: OperandQuantizer, x: Tensor, training: bool) -> 
     state.step += training
     if due:
         _update(quantizer, x)
-    quantized = repeat_entries(quantizer, x, (state.bits, None, state.step), training)
+    quantized = repeat_entries(quantizer, x, (state.bits, 0, state.step), training)
     quantizer.notice(quantized, training)
     return quantized
 
@@ -38,7 +38,10 @@ def quantize_entries(quantizer: OperandQuantizer, x: Tensor, training: bool) -> 
 def repeat_entries(
     quantizer: OperandQuantizer, x: Tensor, form: tuple[int, int | None, int], training: bool = True
 ) -> FixedPoint | FixedPointBatch:
-    """Quantizes as the step did that had this width, position and number, without counting one."""
+    """Quantizes as the step did that had this width, position and number, without counting one.
+
+    The position is of no account where each entry has its own.
+    """
     bits, position, stream = form
     if not quantizer.config.per_entry:
         return quantizer.repeated(x, bits, position, stream, training=training)

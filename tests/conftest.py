@@ -1,5 +1,10 @@
+import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# Threads that wait sleep, as pytest-xdist's workers share the cores. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -10,6 +15,13 @@ from torch import Tensor, nn
 
 import cnmix
 from cnmix.registry import Registry, registry
+
+
+@pytest.fixture(autouse=True, scope="module")
+def young_garbage() -> None:
+    """Takes what imports made out of every later garbage collection: some tests collect hundreds of times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

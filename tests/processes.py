@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SECONDS = 60
+_SECONDS = 180
 
 
 class Processes:

@@ -248,7 +248,7 @@ def test_int31_agrees_with_float32():
 
 
 def test_accuracy_of_digits(tmp_path):
-    recipe = load_recipe(DIGITS, [f"output={tmp_path}"])
+    recipe = load_recipe(DIGITS, [f"output={tmp_path}", "epochs=6"])
     _, results, _ = run_recipe(recipe, "digits", compare=True, progress=False)
     mean = {
         level: statistics.mean(result.test_accuracy for result in results if result.level == level)

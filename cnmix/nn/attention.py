@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..entries import quantize_entries, repeat_entries
-from ..fixed_point import FixedPoint
 from .batched import multiply_integers, save_operands, saved_operands, transposed
 from .function_calls import Call, are_broadcast, is_multiplied
 from .quantizers import ModuleQuantizers
-from .recomputation import saved_tensor_hooks
 
 
 class Attention(NamedTuple):
@@ -125,21 +123,18 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         shape = (*query.shape[:-1], key.shape[-2])
         grouped = _rows_by_shared_head(query, key.shape[-3])
-        qq, qk = attention.scores.quantize_batches(grouped, key, attention.trains_scores)
+        qq, qk, _ = attention.scores.quantize_batches(grouped, key, attention.trains_scores)
         scores = multiply_integers(qq, transposed(qk), attention.scores, torch.float32).view(shape)
         weights = probabilities(scores, mask, attention).to(query.dtype)
         kept = None
         if attention.dropout:
             kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - attention.dropout)
         dropped = _rows_by_shared_head(_drop(weights, kept, attention), key.shape[-3])
-        qw, qv = attention.values.quantize_batches(dropped, value, attention.trains_values)
+        qw, qv, ctx.again = attention.values.quantize_batches(dropped, value, attention.trains_values)
         del dropped
         y = multiply_integers(qw, qv, attention.values, query.dtype)
-        position = qw.position if isinstance(qw, FixedPoint) else None
-        ctx.again, ctx.attention = (qw.bits, position, attention.values.input.state.step), attention
-        # Of a pass that activation checkpointing repeats, the step is not known that drew them.
-        repeated = saved_tensor_hooks() is not None
-        save_operands(ctx, qq, qk, qv, qw if repeated else None, others=(weights, kept))
+        ctx.attention = attention
+        save_operands(ctx, qq, qk, qv, others=(weights, kept))
         ctx.shapes = query.shape, value.shape, None if mask is None else mask.shape
         ctx.dtypes = tuple(None if each is None else each.dtype for each in (query, key, value, mask))
         return y.view(*query.shape[:-1], value.shape[-1])
@@ -147,7 +142,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (qq, qk, qv, qw), (weights, kept) = saved_operands(ctx)
+        (qq, qk, qv), (weights, kept) = saved_operands(ctx)
         attention, (q_dtype, k_dtype, v_dtype, mask_dtype) = ctx.attention, ctx.dtypes
         needs_query, needs_key, needs_value, needs_mask, _ = ctx.needs_input_grad
         query_shape, value_shape, mask_shape = ctx.shapes
@@ -158,10 +153,9 @@ class _Attention(torch.autograd.Function):
         grouped = _rows_by_shared_head(grad_output, shared)
         qg = quantize_entries(attention.values.grad_output, grouped, attention.trains_values)
         if needs_value:
-            if qw is None:
-                dropped = _rows_by_shared_head(_drop(weights, kept, attention), shared)
-                qw = repeat_entries(attention.values.input, dropped, ctx.again, attention.trains_values)
-                del dropped
+            dropped = _rows_by_shared_head(_drop(weights, kept, attention), shared)
+            qw = repeat_entries(attention.values.input, dropped, ctx.again, attention.trains_values)
+            del dropped
             grad_value = multiply_integers(transposed(qw), qg, attention.values, v_dtype)
             del qw
         if needs_query or needs_key or needs_mask:

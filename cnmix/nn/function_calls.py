@@ -186,11 +186,7 @@ class Call:
         left = a.unsqueeze(0) if a.dim() == 1 else a
         if b.dim() == 1:
             return _multiply_matrix(left, b.unsqueeze(0), bias, *found).squeeze(-1)
-        if b.dim() == 2:
-            y = _multiply_matrix(left, b.t(), bias, *found)
-        else:
-            found[0].keeps_weight = False
-            y = multiply_batches(left, b, *found)
+        y = _multiply_matrix(left, b.t(), bias, *found) if b.dim() == 2 else multiply_batches(left, b, *found)
         return y.squeeze(-2) if a.dim() == 1 else y
 
     def multiply(

@@ -63,7 +63,7 @@ class _ProductMode(TorchFunctionMode):
         part = first_pass(module.training)
         if part is not None:
             replace_repetition(part, self._repeat)
-        return Call(module, products, place_of(frames, func.__name__.strip("_")))
+        return Call(module, products, place_of(frames, func.__name__))
 
     def _repeat(self, function: Callable[..., Any]) -> _Repetition:
         """Returns what repeats a checkpointed part of a forward pass, given what did so until now."""

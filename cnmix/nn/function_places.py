@@ -24,6 +24,7 @@ _PASSING_ON = tuple(
 # What torch.compile has made goes through this one, also where no graph could be made and Python runs it.
 _COMPILED = "compile_wrapper"
 _MODULE_CALL = nn.Module._call_impl.__code__
+_SHORT_NAMES = {"scaled_dot_product_attention": "attention", "multi_head_attention_forward": "multi_head_attention"}
 _MATMUL_OPERATORS = ("@", "@=")
 
 
@@ -94,7 +95,7 @@ def _origin(code: CodeType) -> Literal["passing on", "library", "user"]:
 def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
     names: list[str] = []
     seen: set[CodeType] = set()
-    called, top = function, 0
+    called, top = "matmul" if function == "__rmatmul__" else function, 0
     for code, instruction in calls:
         if code in seen:  # a recursion has one place, however deep it goes
             continue
@@ -104,7 +105,7 @@ def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
         if called == "forward":
             top = len(names)  # what is above decorates it
     names = names[:top] or names
-    return ">".join(reversed(names)) + f":{function}"
+    return ">".join(reversed(names)) + f":{_SHORT_NAMES.get(function, function.strip('_'))}"
 
 
 def _line(code: CodeType, instruction: int, called: str) -> str:

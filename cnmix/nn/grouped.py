@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import kernels
 from ..fixed_point import FixedPoint
+from .batched import multiply_integers, save_operands, saved_operands, transposed
 from .function_calls import Call, is_multiplied, is_parameter
 from .quantizers import ModuleQuantizers
-from .recomputation import saved_tensor_hooks
 
 
 def grouped_mm(
@@ -48,45 +47,33 @@ class _GroupedProduct(torch.autograd.Function):
     ) -> Tensor:
         qx, qw = quantizers.quantize(x, weight, training)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.formats = qx[1:], qw[1:]
-        formats = () if saved_tensor_hooks() is None else (torch.tensor([*qx[1:], *qw[1:]]),)
-        ctx.save_for_backward(qx.values if needs_weight else None, qw.values if needs_x else None, *formats)
+        save_operands(ctx, qx if needs_weight else None, qw if needs_x else None)
         ctx.quantizers, ctx.training, ctx.ends = quantizers, training, ends
         ctx.x_shape, ctx.weight_shape, ctx.dtypes = x.shape, weight.shape, (x.dtype, weight.dtype)
         y = x.new_zeros(x.shape[0], weight.shape[2])  # rows behind the last group belong to none
         for group, rows in _groups(ends):
-            y[rows] = _multiply(_part(qx, rows), _part(qw, group), quantizers, x.dtype)
+            y[rows] = multiply_integers(_part(qx, rows), _part(qw, group), quantizers, x.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x_values, weight_values, *formats = ctx.saved_tensors
-        x_format, weight_format = ctx.formats
-        if formats:
-            numbers = formats[0].tolist()
-            x_format, weight_format = numbers[:3], numbers[3:]
+        (qx, qw), _ = saved_operands(ctx)
         quantizers = ctx.quantizers
         if ctx.training:
             quantizers.ranks.backward_begins()
         qg = quantizers.grad_output(grad_output, ctx.training)
         grad_x = grad_weight = None
-        if weight_values is not None:
-            qw = FixedPoint(weight_values, *weight_format)
+        if qw is not None:
             grad_x = grad_output.new_zeros(ctx.x_shape, dtype=ctx.dtypes[0])
             for group, rows in _groups(ctx.ends):
-                columns = _part(qw, group)
-                grad_x[rows] = _multiply(
-                    _part(qg, rows), columns._replace(values=columns.values.t()), quantizers, grad_x.dtype
-                )
-        if x_values is not None:
-            qx = FixedPoint(x_values, *x_format)
+                right = transposed(_part(qw, group))
+                grad_x[rows] = multiply_integers(_part(qg, rows), right, quantizers, grad_x.dtype)
+        if qx is not None:
             grad_weight = grad_output.new_zeros(ctx.weight_shape, dtype=ctx.dtypes[1])
             for group, rows in _groups(ctx.ends):
-                columns = _part(qx, rows)
-                grad_weight[group] = _multiply(
-                    columns._replace(values=columns.values.t()), _part(qg, rows), quantizers, grad_weight.dtype
-                )
+                left = transposed(_part(qx, rows))
+                grad_weight[group] = multiply_integers(left, _part(qg, rows), quantizers, grad_weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 
@@ -101,7 +88,3 @@ def _groups(ends: list[int]) -> list[tuple[int, slice]]:
 
 def _part(x: FixedPoint, index: int | slice) -> FixedPoint:
     return x._replace(values=x.values[index])
-
-
-def _multiply(a: FixedPoint, b: FixedPoint, quantizers: ModuleQuantizers, dtype: torch.dtype) -> Tensor:
-    return kernels.matmul(a, b, exact_int31=quantizers.config.exact_int31, dtype=dtype, name=quantizers.fqn)

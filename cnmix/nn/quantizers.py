@@ -239,28 +239,32 @@ class ModuleQuantizers:
 
     def quantize_batches(
         self, a: Tensor, b: Tensor, training: bool
-    ) -> tuple[FixedPoint | FixedPointBatch, FixedPoint | FixedPointBatch]:
+    ) -> tuple[FixedPoint | FixedPointBatch, FixedPoint | FixedPointBatch, tuple[int, int | None, int]]:
         """Quantizes both operands of a product of batches of matrices, whose entries may have their own positions.
 
         In a pass that activation checkpointing repeats as ``quantize`` does.
+
+        Returns:
+            Both; and width, position and step of the left one, from which ``entries.repeat_entries`` makes it again.
         """
         operands = (self.input, a), (self.weight, b)
-        if not any(quantizer.config.per_entry for quantizer, _ in operands):
-            return self.quantize(a, b, training)
+        forms: list[tuple[int, int | None, int]]
         part, repeated = self._begin() if training else (None, False)
-        formats: list[tuple[int, int | None, int]]
         if repeated:
             call = self._calls.next(part)
-            formats = [(each.state.bits, each.state.position, each.state.step) for each, _ in operands]
+            forms = [(each.state.bits, each.state.position, each.state.step) for each, _ in operands]
             if call is not None and not isinstance(call.weight, FixedPoint):
-                formats = [(call.bits, call.position, call.step), call.weight]
-            left, right = (repeat_entries(*each, form) for each, form in zip(operands, formats, strict=True))
-            return left, right
+                forms = [(call.bits, call.position, call.step), call.weight]
+            left, right = (repeat_entries(*each, form) for each, form in zip(operands, forms, strict=True))
+            return left, right, forms[0]
         left, right = (quantize_entries(*each, training) for each in operands)
+        forms = [
+            (x.bits, x.position if isinstance(x, FixedPoint) else None, quantizer.state.step)
+            for x, (quantizer, _) in zip((left, right), operands, strict=True)
+        ]
         if part is not None:
-            kept = [(each.state.bits, each.state.position or 0, each.state.step) for each, _ in operands]
-            self._calls.add(part, FirstPass(*kept[0], kept[1]))
-        return left, right
+            self._calls.add(part, FirstPass(*forms[0], forms[1]))
+        return left, right, forms[0]
 
     def _quantize_right(self, weight: Tensor, training: bool) -> FixedPoint:
         if self.keeps_weight:

@@ -33,16 +33,16 @@ class FirstPass(NamedTuple):
 
     Attributes:
         bits: width of the input.
-        position: of the input.
+        position: of the input; None where each matrix of a batch has its own, or it is not known.
         step: the step that numbers the input's random draws.
         weight: the integers of the weight; of another right operand, which is computed again, width, position and step.
         sequence: what quantized the input, where that came time step by time step.
     """
 
     bits: int
-    position: int
+    position: int | None
     step: int
-    weight: FixedPoint | tuple[int, int, int]
+    weight: FixedPoint | tuple[int, int | None, int]
     sequence: SequenceQuantizer | None = None
 
 

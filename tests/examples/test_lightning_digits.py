@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,11 +26,20 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def run(*arguments, expected=0):
-    done = subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, text=True, timeout=_SECONDS, check=False
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
+def run(*arguments):
+    return _run(command(*arguments))
+
+
+def run_each(*runs):
+    """Runs the example once for each list of arguments, in one process after another's imports."""
+    runs = [[str(each) for each in arguments] for arguments in runs]
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import lightning_digits as example\n"
+    return _run([sys.executable, "-W", "ignore", "-c", code + "".join(f"example.main({each})\n" for each in runs)])
+
+
+def _run(arguments):
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -58,11 +68,29 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_processes_that_lightning_makes(tmp_path, strategy):
-    printed = run("--strategy", strategy, "--devices", 2, "--epochs", 1, "--output", tmp_path)
-    assert "test accuracy" in printed
-    assert saved(tmp_path)["CnmixPlugin"]["models"][0]["modules"]["net.7"]["operands"]["input"]["step"] == 22
+def steps(checkpoint):
+    return checkpoint["CnmixPlugin"]["models"][0]["modules"]["net.7"]["operands"]["input"]["step"]
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of folders and workers
+def test_processes_that_lightning_spawns(tmp_path, example):
+    """Model and plugin are pickled. Testing, which would spawn two more, is what ddp_fork does below."""
+    script = example("lightning_digits")
+    trainer = script.pl.Trainer(
+        accelerator="cpu",
+        strategy="ddp_spawn",
+        devices=2,
+        plugins=[script.CnmixPlugin()],
+        max_epochs=1,
+        callbacks=[script.ModelCheckpoint(tmp_path, filename="{epoch}")],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = script.DataLoader(script.handwriting.load()[0], 32, shuffle=True)
+    with mock.patch.dict(os.environ, environment()):  # Lightning leaves addresses there
+        trainer.fit(script.Digits(False, epochs=1, lr=0.05, seed=0), loader)
+    assert steps(saved(tmp_path)) == 22
 
 
 def children(process):
@@ -80,9 +108,8 @@ def children(process):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
 def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path, example):
     whole, killed, again, alone = (tmp_path / name for name in ("whole", "killed", "again", "alone"))
-    both = ["--strategy", "ddp", "--devices", 2, "--epochs", 3]
-    run(*both, "--output", whole)
-    running = start(command(*both, "--output", killed), start_new_session=True)
+    both = ["--devices", 2, "--epochs", 3]
+    running = start(command("--strategy", "ddp", *both, "--output", killed), start_new_session=True)
     try:
         began = time.monotonic()
         while last(killed) is None:
@@ -100,7 +127,11 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_to_go_on_from(tmp_path, ex
     assert 1 <= went_on["epoch"] + 1 < 3
     resume = ["--resume", last(killed)]
     example("lightning_digits").main([str(each) for each in ["--epochs", 3, *resume, "--output", alone]])
-    run(*both, *resume, "--output", again)
+    # One after the other in one process, which starts its two by forking: importing Lightning takes seconds.
+    forked = ["--strategy", "ddp_fork", *both]
+    printed = run_each([*forked, *resume, "--output", again], [*forked, "--output", whole])
+    assert printed.count("test accuracy") == 2
+    assert steps(saved(whole)) == 3 * 22
     assert same(saved(again), saved(whole))
     assert saved(alone)["epoch"] == 2
 

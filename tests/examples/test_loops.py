@@ -77,12 +77,26 @@ def run(*command, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_from_the_command_line(tmp_path, name):
-    printed = run(EXAMPLES / f"{name}.py", "--epochs", 2, "--batch-size", 64, "--output", tmp_path)
-    floats, integers = percentages(printed)
-    assert floats > 50
-    assert integers == pytest.approx(floats, abs=2)
+SCRIPTS = """
+import os, runpy, sys
+folder, *scripts = sys.argv[1:]
+for script in scripts:
+    sys.argv = [script, "--epochs", "2", "--batch-size", "64", "--output", f"{folder}/{os.path.basename(script)}"]
+    print(f"== {script}")
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_as_scripts(tmp_path):
+    """One process runs all, as importing their libraries takes longer than training; first what imports least."""
+    names = ("plain_pytorch", "accelerate_loop", "huggingface_trainer")
+    printed = run("-c", SCRIPTS, tmp_path, *(EXAMPLES / f"{name}.py" for name in names))
+    of_each = printed.split("== ")[1:]
+    assert len(of_each) == len(names)
+    for text in of_each:
+        floats, integers = percentages(text)
+        assert floats > 50
+        assert integers == pytest.approx(floats, abs=2)
 
 
 @pytest.mark.parametrize("name", ["plain_pytorch", "accelerate_loop"])

@@ -119,13 +119,16 @@ LONG = {
 
 
 @pytest.mark.parametrize(("bits", "k"), [(bits, k) for bits, sizes in LONG.items() for k in sizes])
-def test_long_sums_have_their_closed_form(bits, k):
-    for pick in ((0, 0), (1, 1), (0, 1)):
+def test_long_sums_have_their_closed_form(backend, bits, k):
+    # Beyond 2^20 VNNI and int_mm leave the whole sum to torch, as "torch" does.
+    picks = ((0, 0), (1, 1), (0, 1)) if k < 2**20 or backend in ("AMX", "torch") else ((0, 0),)
+    for pick in picks:
         va, vb = (limits(b)[end] for b, end in zip(bits, pick, strict=True))
         a, b = (integers((1, 1), width, "high" if end else "low") for width, end in zip(bits, pick, strict=True))
         left, right = FixedPoint(a.repeat(1, k), bits[0], 3), FixedPoint(b.repeat(k, 1), bits[1], -3)
-        sums = products.product_sums(left.values, right.values, *bits, True)
-        assert sum(part.item() << shift for shift, part in sums.items()) == k * va * vb
+        if backend == "torch":  # these sums are torch's own, whatever serves the product
+            sums = products.product_sums(left.values, right.values, *bits, True)
+            assert sum(part.item() << shift for shift, part in sums.items()) == k * va * vb
         result = cpu.matmul(left, right, exact_int31=True)
         assert result.item() == reference.round_to_float32(k * va * vb)
         if k < 2**20:

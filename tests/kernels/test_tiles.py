@@ -1,5 +1,6 @@
 """The compiled part's own product. What test_cpu.py tests of every way of multiplying is not repeated here."""
 
+import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,16 +116,20 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", [(8, 8), (16, 16), (8, 31)])
-def test_any_number_of_threads_gives_the_bits_of_the_reference(backend, shape, bits):
-    skip_unserved(backend, *bits)
+@functools.cache  # the same for both ways of multiplying
+def product_of(shape, bits):
     m, k, n = SHAPES[shape]
     if 31 in bits:  # the reference goes through Python's integers
         m, n = min(m, 33), min(n, 70)
     a, b = operand((m, k), bits[0]), operand((k, n), bits[1], seed=1)
-    b = b._replace(values=lay_out(b.values, "transposed"))
-    expected = reference.matmul(a, b)
+    return a, b._replace(values=lay_out(b.values, "transposed")), reference.matmul(a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [(8, 8), (16, 16), (8, 31)])
+def test_any_number_of_threads_gives_the_bits_of_the_reference(backend, shape, bits):
+    skip_unserved(backend, *bits)
+    a, b, expected = product_of(shape, bits)
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         assert same_bits(multiply(a, b), expected)
