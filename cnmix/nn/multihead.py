@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import attend, attention_of
 from .function_calls import Call, is_multiplied
+from .recomputation import current_backward
 
 
 def multi_head_attention(
@@ -120,9 +121,9 @@ def _project(
     """Returns query, key and value (length, batch, features): one product where they are projections of one tensor."""
     query, key, value = inputs
     size = query.shape[-1]
-    if separate is None and packed is not None and query is key is value:
+    if separate is None and packed is not None and _is_one(query, key) and _is_one(key, value):
         return _linear(call, query, packed, bias, "in_proj").chunk(3, -1)
-    if separate is None and packed is not None and key is value:
+    if separate is None and packed is not None and _is_one(key, value):
         q = _linear(call, query, packed[:size], None if bias is None else bias[:size], "in_proj.query")
         both = _linear(call, key, packed[size:], None if bias is None else bias[size:], "in_proj.key_value")
         return q, *both.chunk(2, -1)
@@ -134,6 +135,14 @@ def _project(
         for x, weight, b, name in zip(inputs, parts, biases, names, strict=True)
         if weight is not None
     )
+
+
+def _is_one(a: Tensor, b: Tensor) -> bool:
+    """Whether these are one tensor; the reentrant kind of checkpointing repeats a pass with views in its place."""
+    if a is b or current_backward() == -1:
+        return a is b
+    forms = [(x.data_ptr(), x.shape, x.stride(), x.requires_grad) for x in (a, b)]
+    return forms[0] == forms[1]
 
 
 def _merged_mask(mask: Tensor | None, padding: Tensor | None, query: Tensor, keys: int) -> Tensor | None:

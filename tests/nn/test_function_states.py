@@ -36,8 +36,8 @@ class Mixer(nn.Module):
 
 NAMES = [
     "..forward+2:matmul",
-    "..forward+3:scaled_dot_product_attention.scores",
-    "..forward+3:scaled_dot_product_attention.values",
+    "..forward+3:attention.scores",
+    "..forward+3:attention.values",
     "..forward+4:conv1d",
 ]
 

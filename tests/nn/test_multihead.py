@@ -7,6 +7,7 @@ import pytest
 import torch
 from calls import INT8, INT31, assert_close, places
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cnmix
 
@@ -158,6 +159,37 @@ def test_dropout_drops_what_is_shown():
     assert (module(x, x, x, average_attn_weights=False)[1] != 0).all()
     module.train()
     module(x, x, x, need_weights=False)[0].sum().backward()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.attention = nn.Linear(WIDTH, WIDTH), nn.MultiheadAttention(WIDTH, 2, 0.3, batch_first=True)
+        self.kind = kind
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.kind is None:
+            return self.attention(x, x, x, None, False)[0]
+        return checkpoint(self.attention, x, x, x, None, False, use_reentrant=self.kind)[0]
+
+
+def test_checkpointed_to_the_bit():
+    results = []
+    for kind in (None, False, True):
+        model = Checkpointed(kind)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        cnmix.initialize(model, optimizer)
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(BATCH, LENGTH, WIDTH)).square().mean().backward()
+            optimizer.step()
+        results.append((cnmix.state_dict(model)["models"], [parameter.detach() for parameter in model.parameters()]))
+    for state, weights in results[1:]:
+        assert state == results[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(weights, results[0][1], strict=True))
 
 
 LAYERS = {
