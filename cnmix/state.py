@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from .nn import callers, forget_functions, function_configs, make_products, module_name, quantizer_sets
+from .nn.function_places import is_place
 from .nn.module_state import check_module_state, check_widths, upgrade_module_state
+from .nn.places import place_within
 from .optim import check_scalers
 from .registry import registry, unwrap
 
@@ -205,7 +207,9 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _differences(present: set[str], saved: Mapping[str, Any], calling: set[str]) -> list[str]:
-    functions = {name for name in {*saved["modules"]} - present if module_name(name) in calling - {name}}
+    functions = {
+        name for name in {*saved["modules"]} - present if module_name(name) in calling and is_place(place_within(name))
+    }
     stored, parts = set(saved["modules"]) - functions, []
     if stored - present:
         parts.append(f"the state has {first_names(stored - present)}, which the model does not compute in fixed point")

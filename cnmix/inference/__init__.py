@@ -82,6 +82,8 @@ def freeze(model: Model) -> Model:
     for _, quantizers in quantizer_sets(model):
         if not quantizers.of_function:
             quantizers.check_trained()
+        else:
+            quantizers.freeze_at_next_use()
     model.eval()
     for _, module in quantized_modules(model):
         names = module.places(module)

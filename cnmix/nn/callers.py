@@ -11,7 +11,7 @@ from ..config import OperandConfigs
 from .classes import plain_class
 from .function_calls import FunctionProducts, function_products, kind_of, set_function_products
 from .function_mode import unwatch, watch
-from .places import attach, detach, module_name, product_name, quantizer_sets, quantizers_of
+from .places import attach, detach, module_name, place_within, quantizer_sets, quantizers_of
 from .ranks import Ranks
 from .shared_input import LatestInput
 
@@ -120,4 +120,4 @@ def _named_functions(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[s
     for name in names:
         fqn = module_name(name)
         if fqn in found and name != fqn:
-            yield name, *found[fqn], name[len(product_name(fqn, "-")) - 1 :]
+            yield name, *found[fqn], place_within(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class FunctionProducts:
         self.ranks = ranks
         self.expected: set[str] = set()
         self.unexpected: set[str] = set()
+        self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def change_settings(self, products: Iterable[Product] = ("matmul", "convolution"), **changes: Any) -> None:
         """Changes these settings of every operand of products that come to be from now on.
@@ -59,6 +61,26 @@ class FunctionProducts:
         """
         for kind in products:
             self.configs[kind] = {name: config.replace(**changes) for name, config in self.configs[kind].items()}
+
+    def name_of(self, module: nn.Module, operand: Tensor) -> str:
+        """Returns the name of the parameter that an operand is, within the module, or the number of the part of one.
+
+        Empty for another operand. A place that a loop goes through with several parameters is a product for each.
+        """
+        whole = operand if operand._base is None else operand._base
+        if not isinstance(whole, nn.Parameter):
+            return ""
+        known = self._names.get(id(whole))
+        if known is None or known[0]() is not whole:
+            names = {id(each): name for name, each in module.named_parameters()}
+            known = self._names[id(whole)] = weakref.ref(whole), names.get(id(whole), "")
+        name = known[1]
+        if not name or operand.numel() == whole.numel():
+            return name
+        return f"{name}.{(operand.storage_offset() - whole.storage_offset()) // max(1, operand.numel())}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_names": {}}  # of the parameters of this very module
 
     def make(self, module: nn.Module, place: str) -> ModuleQuantizers:
         """Gives the module, whose attribute this is, quantizers for the product of this place."""
@@ -143,32 +165,40 @@ class Call:
     def quantizers(self, *operands: Tensor, part: str = "") -> tuple[ModuleQuantizers, bool] | None:
         """Finds the quantizers of the product, or those of one of several products of the call.
 
-        They come to be the first time that gradients flow through it: what is computed from constants, such as a table
-        of positions, stays float.
+        They come to be the first time that gradients flow through it, or that it multiplies by a parameter or is one
+        of attention in a training step: what is computed from constants, such as a table of positions, stays float.
 
         Args:
             operands: what the product's result is computed from.
-            part: name of one of several products.
+            part: name of one of several products, as of attention.
 
         Returns:
             Them, and whether their statistics move; None where the product stays float.
         """
-        place = f"{self.place}.{part}" if self.place and part else self.place or part
+        place, parameter = self.place, ""
+        if not part:
+            names = (self.products.name_of(self.module, each) for each in reversed(operands))
+            parameter = next(filter(None, names), "")
+            place += f"({parameter})" if parameter else ""
+        elif place:
+            place = f"{place}.{part}"
+        else:
+            place = part
         found = self.module.__dict__.get("quantizers_by_place", {}).get(place)
         if self.products.expected:
             self.products.expected.discard(place)
             if found is None:
                 self.products.unexpected.add(place)
         if found is None:
-            if not self._has_gradients(operands):
+            if not self._is_trained(operands, bool(part or parameter)):
                 return None
             found = self.products.make(self.module, place)
         return found, moves_statistics(self.module, found)
 
-    def _has_gradients(self, operands: tuple[Tensor, ...]) -> bool:
+    def _is_trained(self, operands: tuple[Tensor, ...], surely: bool) -> bool:
         if torch.is_grad_enabled():
-            return any(each.requires_grad for each in operands)
-        return self.module.training and reentrant_part() is not None  # they will flow when the part is repeated
+            return (surely and self.module.training) or any(each.requires_grad for each in operands)
+        return self.module.training and reentrant_part() is not None  # gradients will flow when the part is repeated
 
     def matmul(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Any:
         """Multiplies as ``torch.matmul`` does, and adds a bias (N,) where ``b`` has up to two dimensions.

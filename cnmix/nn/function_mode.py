@@ -18,12 +18,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .function_calls import Call, function_products
 from .function_places import call_within, called_module, calling_frames, place_of
 from .functions import FUNCTIONS
+from .half import HALF_TYPES, cast_tensors
 from .recomputation import first_pass, replace_repetition
 
 logger = logging.getLogger("cnmix")
@@ -44,9 +45,9 @@ class _ProductMode(TorchFunctionMode):
         handler = None if torch.compiler.is_compiling() else FUNCTIONS.get(func)
         if handler is not None:
             call = self._find_call(func)
-            result = NotImplemented if call is None else handler(call, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
+            if call is not None:
+                result = handler(call, *args, **kwargs)
+                return _in_float(func, args, kwargs) if result is NotImplemented else result
         return func(*args, **kwargs)
 
     def _find_call(self, func: Any) -> Call | None:
@@ -79,6 +80,16 @@ class _ProductMode(TorchFunctionMode):
             self.modules.pop()
 
 
+def _in_float(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Calls a function of torch, which refuses float32 parameters beside activations in a half type."""
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.is_floating_point()]
+    halves = [each.dtype for each in tensors if each.dtype in HALF_TYPES]
+    if not halves or all(each.dtype == halves[0] for each in tensors):
+        return func(*args, **kwargs)
+    result = func(*cast_tensors(tuple(args), torch.float32), **cast_tensors(dict(kwargs), torch.float32))
+    return cast_tensors(result, halves[0])
+
+
 class _Repetition:
     """What activation checkpointing repeats: a part of a module's forward pass, whose functions go to the core again.
 
@@ -105,8 +116,9 @@ class _Enter:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
-            if function_products(module) is not None:
-                _announce(type(module).__name__)
+            products = function_products(module)
+            if products is not None:
+                _announce(products.fqn)
             return
         mode = _get_current_function_mode()
         if isinstance(mode, _ProductMode):
@@ -161,8 +173,12 @@ def _calls_another(module: nn.Module) -> bool:
     return frame is not None
 
 
-def _announce(name: str) -> None:
-    logger.warning("%s is compiled: products of functions that its forward pass calls stay float32", name)
+def _announce(fqn: str) -> None:
+    logger.warning(
+        "%r is compiled: what functions in its forward pass multiply stays float32; leave it eager to have that on the "
+        "core, as with torch.compiler.disable(module)",
+        fqn,
+    )
 
 
 # What torch.compiler.assume_constant_result does, but for loading the compiler: it is called once, for each graph.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
@@ -25,6 +26,15 @@ _PASSING_ON = tuple(
 _COMPILED = "compile_wrapper"
 _MODULE_CALL = nn.Module._call_impl.__code__
 _SHORT_NAMES = {"scaled_dot_product_attention": "attention", "multi_head_attention_forward": "multi_head_attention"}
+# in_proj.query and in_proj.key_value where the key is another tensor than the query.
+ATTENTION_PLACES = (
+    *("in_proj", "in_proj.query", "in_proj.key_value", "q_proj", "k_proj", "v_proj"),
+    *("scores", "values", "value_gradient", "out_proj"),
+)
+_STEP = r"[\w<>]+\+\d+(\.\d+)?"
+_PLACE = re.compile(rf"({_STEP}>)*{_STEP}:\w+(\([\w.]+\))?(\.\w+)*")
+_INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>")  # a part of the code around them from Python 3.12 on
+_WRAPPERS = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate")  # packages that call a forward pass
 _MATMUL_OPERATORS = ("@", "@=")
 
 
@@ -69,6 +79,11 @@ def called_module(frame: FrameType) -> nn.Module | None:
     return frame.f_locals["module"] if frame.f_code is _PART_CALL else None
 
 
+def is_place(name: str) -> bool:
+    """Whether this is a name that a place may have, or that of a product of ``nn.MultiheadAttention``."""
+    return name in ATTENTION_PLACES or _PLACE.fullmatch(name) is not None
+
+
 def place_of(frames: Sequence[FrameType], function: str) -> str:
     """Returns the name of the place, the way through the module's functions that leads to it.
 
@@ -83,11 +98,13 @@ def place_of(frames: Sequence[FrameType], function: str) -> str:
 
 
 @functools.cache
-def _origin(code: CodeType) -> Literal["passing on", "library", "user"]:
+def _origin(code: CodeType) -> Literal["passing on", "library", "wrapper", "user"]:
     file = code.co_filename
     if file in _PASSING_ON:
         return "passing on"
     standard = file.startswith(_PYTHON) and "-packages" + os.sep not in file
+    if any(f"-packages{os.sep}{name}{os.sep}" in file for name in _WRAPPERS):
+        return "wrapper"
     return "library" if standard or file.startswith((_TORCH, _CNMIX)) else "user"
 
 
@@ -96,11 +113,16 @@ def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
     names: list[str] = []
     seen: set[CodeType] = set()
     called, top = "matmul" if function == "__rmatmul__" else function, 0
+    inside: tuple[int, str] | None = None
     for code, instruction in calls:
         if code in seen:  # a recursion has one place, however deep it goes
             continue
         seen.add(code)
-        names.append(f"{code.co_name}+{_line(code, instruction, called)}")
+        line, rank = inside or _line(code, instruction, called)
+        inside = (line, rank) if code.co_name in _INLINED else None
+        if inside is not None:
+            continue
+        names.append(f"{code.co_name}+{line - code.co_firstlineno}{rank}")
         called = code.co_name
         if called == "forward":
             top = len(names)  # what is above decorates it
@@ -108,7 +130,8 @@ def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
     return ">".join(reversed(names)) + f":{_SHORT_NAMES.get(function, function.strip('_'))}"
 
 
-def _line(code: CodeType, instruction: int, called: str) -> str:
+def _line(code: CodeType, instruction: int, called: str) -> tuple[int, str]:
+    """Returns the line in its file, and a suffix that tells calls in one line apart."""
     lines = [(start, end, line) for start, end, line in code.co_lines() if line is not None]
     here = next((line for start, end, line in lines if start <= instruction < end), code.co_firstlineno)
     in_line = [
@@ -117,7 +140,7 @@ def _line(code: CodeType, instruction: int, called: str) -> str:
         if any(start <= each.offset < end for start, end, line in lines if line == here)
     ]
     rank = _rank(in_line, instruction, called)
-    return f"{here - code.co_firstlineno}{f'.{rank}' if rank else ''}"
+    return here, f".{rank}" if rank else ""
 
 
 def _rank(in_line: list[dis.Instruction], instruction: int, called: str) -> int:

@@ -54,6 +54,11 @@ def product_name(fqn: str, place: str) -> str:
     return f"{fqn}{_BETWEEN}{place}" if place else fqn
 
 
+def place_within(product: str) -> str:
+    """Returns the place of a product within its module; empty for a module's only one."""
+    return product.partition(_BETWEEN)[2]
+
+
 def module_name(product: str) -> str:
     """Returns the name of the module that a product is in."""
     return product.partition(_BETWEEN)[0]

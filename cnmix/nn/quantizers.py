@@ -365,6 +365,10 @@ class ModuleQuantizers:
         self._weight_integers = self._weight_layout(self.weight(weight, training=False))
         self._frozen = True
 
+    def freeze_at_next_use(self) -> None:
+        """Fixes the integers of a function's parameter, which it is called with, for inference."""
+        self._weight_integers, self._frozen = None, True
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the settings in force, the state of each operand, and how the weight was drawn at random; plain data.
 
