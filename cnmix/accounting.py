@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_map
 
 from . import float_products
 from .kernels import profiling
-from .nn import QuantizedModule, quantizers_of
+from .nn import QuantizedModule, quantizer_sets, quantizers_of
 from .nn.classes import plain_class
-from .nn.function_calls import function_products
+from .nn.function_calls import function_products, set_function_products
 from .nn.places import ATTRIBUTES, detach
 from .overview import why_float
 from .registry import unwrap
@@ -105,8 +105,8 @@ def executed_products(
     """Runs a forward and a backward pass under ``torch.profiler``, and lists every product that they executed.
 
     The model runs in the mode that it is in: call ``model.train()`` for a training step. Parameters and inputs that
-    need no gradient get none. Under ``torch.no_grad()`` there is a forward pass only. A compiled model runs eagerly,
-    with the same products.
+    need no gradient get none. Under ``torch.no_grad()`` there is a forward pass only. A compiled model, or part of one,
+    runs eagerly, with the products that it has when compiled.
 
     Afterwards parameters, their gradients, buffers, quantizers and torch's random numbers are what they were. Buffers
     and the quantizers' numbers are copied for that, parameters are not: beside the model it takes the memory of a
@@ -134,11 +134,12 @@ def executed_products(
     """
     if torch.autograd._profiler_enabled():
         raise RuntimeError("a profiler is on, and torch runs one at a time: call executed_products outside of it")
+    compiled = _compiled(model)
     model = unwrap(model)
     lazy = next((fqn for fqn, each in model.named_parameters() if is_lazy(each)), None)
     if lazy is not None:
         raise ValueError(f"{lazy!r} has no shape yet, and a forward pass would give it one: run one first")
-    with _unchanged(model), _eagerly(), _ranges(model), profile(record_shapes=True) as profiled:
+    with _unchanged(model), _in_float(compiled), _eagerly(), _ranges(model), profile(record_shapes=True) as profiled:
         args, named = _copied((example, kwargs))
         output = model(*args, **named)
         total = _sum(output) if loss is None else loss(output)
@@ -149,12 +150,13 @@ def executed_products(
     for event in profiled.function_events or ():
         if event.cpu_parent is None:
             counts.add(event, _Context(None, "forward"))
-    why = _reasons(model)
+    why = _reasons(model, compiled)
+    names = {quantizers.fqn: name for name, quantizers in quantizer_sets(model)}
     macs = sum(count.macs or 0 for count in counts.found.values())
     return ExecutedProducts(
         tuple(
             ExecutedProduct(
-                "(outside of the model)" if key.place is None else key.place,
+                "(outside of the model)" if key.place is None else names.get(key.place, key.place),
                 key.executed,
                 key.phase,
                 count.calls,
@@ -245,7 +247,27 @@ class _Counts:
             count.macs = (count.macs or 0) + macs
 
 
-def _reasons(model: nn.Module) -> Callable[[str | None], str]:
+def _compiled(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules that are compiled, and those in them."""
+    roots = [each for each in model.modules() if getattr(each, "_compiled_call_impl", None) is not None]
+    roots += [each for each in model.modules() if isinstance(getattr(each, "_orig_mod", None), nn.Module)]
+    return {inside for root in roots for inside in root.modules()}
+
+
+@contextmanager
+def _in_float(modules: set[nn.Module]) -> Iterator[None]:
+    """Has the functions that these modules call multiply in float, as they do where they are compiled."""
+    before = [(module, products) for module in modules if (products := function_products(module)) is not None]
+    try:
+        for module, _ in before:
+            set_function_products(module, None)
+        yield
+    finally:
+        for module, products in before:
+            set_function_products(module, products)
+
+
+def _reasons(model: nn.Module, compiled: set[nn.Module]) -> Callable[[str | None], str]:
     """Returns what says why a product at a place is float."""
     modules = dict(model.named_modules())
     of_module = why_float(model)
@@ -257,6 +279,8 @@ def _reasons(model: nn.Module) -> Callable[[str | None], str]:
         name = plain_class(module).__name__
         if isinstance(module, QuantizedModule):
             return f"beside the products of {name}"
+        if module in compiled and function_products(module) is not None:
+            return f"called in {name}.forward, which is compiled: functions stay float there"
         if function_products(module) is None:
             return of_module(module)
         return f"called in {name}.forward with constants, with another dtype, or a function that is not converted"
