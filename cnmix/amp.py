@@ -77,7 +77,7 @@ def initialize(
         process_group: the processes (a ``torch.distributed`` group) that train the model together, which then choose
             one format. Default: those of the DistributedDataParallel or fully_shard that the model trains in.
         **settings: any other field of ``cnmix.QuantizeConfig``: mode, interval, quantify_rate, threshold, alpha, beta,
-            gamma, delta, error_measure, rounding, online, saturation, narrowing, exact_int31.
+            gamma, delta, error_measure, rounding, online, saturation, narrowing, per_entry, exact_int31.
 
     Returns:
         ``(models, optimizers)`` as given.

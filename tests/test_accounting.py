@@ -164,6 +164,20 @@ def test_lstm(options):
     assert sum(row.calls for row in counted.rows if row.place.endswith("l0.hidden") and row.phase == "forward") == 5
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_functions_of_a_compiled_part_are_float(part):
+    model = nn.Sequential(Own(), nn.Linear(16, 4))
+    cnmix.initialize(model, None)
+    if part:
+        model[0].compile(backend="eager")
+    counted = cnmix.executed_products(model if part else torch.compile(model, backend="eager"), torch.randn(7, 16))
+    assert {row.place: row.reason for row in counted.rows} == {
+        "0": "called in Own.forward, which is compiled: functions stay float there",
+        "1": "",
+    }
+    assert cnmix.executed_products(Own(), torch.randn(7, 16)).share == 0.0
+
+
 def test_what_stays_float_is_listed_with_the_reason():
     model = nn.Sequential(
         nn.Linear(16, 16), Own(), OwnLinear(16, 16), nn.MultiheadAttention(16, 2), nn.Linear(16, 16), nn.Linear(16, 2)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..fixed_point import FixedPoint, storage_dtype
+from .handles import find_quantizers
 from .products import ConvolutionGeometry, Saved, backward_products, forward_product
-from .quantizers import ModuleQuantizers, find_quantizers
+from .quantizers import ModuleQuantizers
 
 _TAGS = (torch.Tag.nondeterministic_seeded,)
 
@@ -81,7 +82,7 @@ def product(
     empty_x, empty_weight = _integers(x, weight, geometry, x_bits, weight_bits, keep)
     waiting = 0
     if keep and (qx.bits, qw.bits) != (x_bits, weight_bits):
-        waiting = quantizers.put_aside((qx.values, qw.values))
+        waiting = quantizers.waiting.put((qx.values, qw.values))
     numbers = torch.tensor(
         [qx.bits, qx.position, qx.finite, qw.bits, qw.position, qw.finite, waiting], dtype=torch.int64
     )
@@ -136,7 +137,7 @@ def product_backward(
     quantizers = find_quantizers(int(handle))
     x_bits, x_position, x_finite, weight_bits, weight_position, weight_finite, waiting = numbers.tolist()
     if waiting:
-        x_values, weight_values = quantizers.take_back(waiting)
+        x_values, weight_values = quantizers.waiting.take(waiting, quantizers.fqn)
     qx = FixedPoint(x_values, x_bits, x_position, bool(x_finite)) if needs[1] else None
     qw = FixedPoint(weight_values, weight_bits, weight_position, bool(weight_finite)) if needs[0] else None
     shapes = torch.Size(x_shape), torch.Size(weight_shape)

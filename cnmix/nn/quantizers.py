@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,18 +16,11 @@ from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..entries import quantize_entries, repeat_entries
 from ..fixed_point import FixedPoint, FixedPointBatch
 from ..sequence import SequenceQuantizer
+from .handles import WaitingIntegers, register
 from .module_state import check_module_state, check_trained
 from .ranks import Ranks
 from .recomputation import Calls, FirstPass, current_backward, part_of_hooks, reentrant_part, saved_tensor_hooks
 from .shared_input import LatestInput
-
-# Forward passes whose integers may wait for a backward pass, where a compiled graph could not take them.
-_MOST_ASIDE = 64
-
-# Operators of torch take tensors and numbers: a compiled graph knows its quantizers by number. Weak, so that nothing
-# lives longer for it.
-_handles = itertools.count()
-_by_handle: weakref.WeakValueDictionary[int, ModuleQuantizers] = weakref.WeakValueDictionary()
 
 
 class ModuleQuantizers:
@@ -54,6 +45,7 @@ class ModuleQuantizers:
         output_dtype: dtype of the module's output; None is that of its input.
         reentrant_part: the checkpointed part that the next forward pass is in, where that is its first pass and of the
             reentrant kind; see ``recomputation``.
+        waiting: integers of forward passes that a compiled graph could not take.
         handle: int64 number by which a compiled graph finds these quantizers; a copy has its own.
         of_function: see above.
         keeps_weight: whether the next right operand is a parameter, whose integers serve until it changes.
@@ -89,11 +81,10 @@ class ModuleQuantizers:
         self.reentrant_part: Any = None
         self.output_dtype: torch.dtype | None = None
         self.weight_is_integers = False
-        self._aside: dict[int, tuple[Tensor, Tensor]] = {}
-        self._aside_count = 0
+        self.waiting = WaitingIntegers()
         self.of_function = of_function
         self.keeps_weight = not of_function
-        self.handle = _register(self)
+        self.handle = register(self)
         self.ranks = ranks or Ranks()
         self.ranks.add(self)
 
@@ -326,26 +317,6 @@ class ModuleQuantizers:
             self._latest_input.keep(x, (*place, integers.bits, integers.position), integers)
         return integers
 
-    def put_aside(self, integers: tuple[Tensor, Tensor]) -> int:
-        """Keeps the integers of input and weight for a backward pass; returns the number to fetch them with."""
-        self._aside_count += 1
-        self._aside[self._aside_count] = integers
-        while len(self._aside) > _MOST_ASIDE:  # of forward passes that no backward pass followed
-            del self._aside[min(self._aside)]
-        return self._aside_count
-
-    def take_back(self, number: int) -> tuple[Tensor, Tensor]:
-        """Returns what ``put_aside`` kept.
-
-        Raises:
-            RuntimeError: if it is gone: a backward pass ran a second time, or very many forward passes came between.
-        """
-        if number not in self._aside:
-            raise RuntimeError(
-                f"the integers of a forward pass of {self.fqn!r} are gone: run the backward pass once, soon after it"
-            )
-        return self._aside.pop(number)
-
     def check_trained(self) -> None:
         """Raises ValueError, naming the module, if it took no part in training."""
         check_trained({name: quantizer.state.step for name, quantizer in self}, self.fqn)
@@ -405,29 +376,11 @@ class ModuleQuantizers:
         state = self.__dict__.copy()
         if not self._frozen:  # a copy has its own weight, and quantizes it when it first needs to
             state.update(_weight_key=None, _weight_integers=None)
-        state.update(_aside={}, reentrant_part=None, _weight_observation=None)
+        state.update(waiting=WaitingIntegers(), reentrant_part=None, _weight_observation=None)
         del state["handle"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.handle = _register(self)
+        self.handle = register(self)
         self.ranks.add(self)
-
-
-def _register(quantizers: ModuleQuantizers) -> Tensor:
-    handle = next(_handles)
-    _by_handle[handle] = quantizers
-    return torch.tensor(handle)
-
-
-def find_quantizers(handle: int) -> ModuleQuantizers:
-    """Returns the quantizers with this handle.
-
-    Raises:
-        RuntimeError: if their module is gone.
-    """
-    quantizers = _by_handle.get(handle)
-    if quantizers is None:
-        raise RuntimeError("a compiled graph ran whose cnmix module is gone: compile the model again")
-    return quantizers

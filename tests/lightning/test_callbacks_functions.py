@@ -9,7 +9,7 @@ from torch import nn
 import cnmix
 from cnmix.nn import quantizer_sets
 
-NAMES = {"head..forward+1:matmul"}
+NAMES = {"head..forward+1:matmul(weight)"}
 
 
 def make_task(package, whole=False):
@@ -50,8 +50,8 @@ def test_monitor(package, tmp_path, caplog, whole, modules):
         assert {key.split("/")[1] for key in row} == expected
     # The first step looks at no shares yet.
     (_, first), (_, later) = kept.rows
-    assert first["cnmix/head..forward+1:matmul/input/bits"] == 16
-    assert "cnmix/head..forward+1:matmul/input/saturation" in later
+    assert first["cnmix/head..forward+1:matmul(weight)/input/bits"] == 16
+    assert "cnmix/head..forward+1:matmul(weight)/input/saturation" in later
     assert not [q.name for _, quantizers in quantizer_sets(task) for _, q in quantizers if q.look_next]
     assert "nothing to log" not in caplog.text
 
@@ -67,4 +67,4 @@ def test_progress_bar_and_summary(package, tmp_path, console):
 
     make_trainer(package, tmp_path, Bar(), package.Summary()).fit(make_task(package), loader())
     assert shown[-1]["width"] == "16.0 bit"
-    assert "head..forward+1:matmul" in console.export_text()
+    assert "head..forward+1:matmul(weight)" in console.export_text()

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -35,10 +36,11 @@ class Mixer(nn.Module):
 
 
 NAMES = [
-    "..forward+2:matmul",
+    "..forward+2:matmul(mix)",
     "..forward+3:attention.scores",
     "..forward+3:attention.values",
-    "..forward+4:conv1d",
+    "..forward+3:attention.value_gradient",
+    "..forward+4:conv1d(kernel)",
 ]
 
 
@@ -151,7 +153,7 @@ def test_a_place_first_called_in_evaluation_is_not_saved():
     model.eval()
     model(torch.randn(3, 5, 4))
     assert not places(model)
-    assert len(list(quantizer_sets(model))) == 5
+    assert len(list(quantizer_sets(model))) == 6
 
 
 def test_integer_inference(tmp_path):
@@ -165,6 +167,50 @@ def test_integer_inference(tmp_path):
         assert torch.equal(y, model.eval()(x))
         assert torch.equal(y, freeze(model)(x))
     assert cnmix.state_dict(prepared)["models"] == cnmix.state_dict(model)["models"]
+
+
+def test_frozen_functions_keep_the_integers_of_their_parameters():
+    model, optimizer = start()
+    train(model, optimizer, range(2))
+    freeze(model)
+    x = torch.randn(3, 5, 4)
+    with torch.no_grad():
+        y = model(x)
+        model.mix.zero_()
+        model.last.weight.zero_()
+        assert torch.equal(model(x), y)
+    model.last.eval()
+    with pytest.raises(RuntimeError, match="'Mixer' is frozen for integer inference"):
+        model.train()(x)
+
+
+@pytest.mark.parametrize("place", ["nonsense", "forward+2", "scoresX", "forward+x:matmul"])
+def test_a_place_that_no_code_has_is_refused(place):
+    model, optimizer = start()
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(cnmix.state_dict(model))
+    modules = state["models"][0]["modules"]
+    modules[f"..{place}"] = modules[NAMES[0]]
+    with pytest.raises(ValueError, match=rf"the state has '\.\.{re.escape(place)}'"):
+        cnmix.load_state_dict(state, model)
+
+
+@pytest.mark.parametrize("level", ["O2", "O3"])
+def test_half_types_beside_parameters_before_any_training(level):
+    model, optimizer = start(opt_level=level)
+    plain, x = Mixer(), torch.randn(3, 5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain(x), rtol=0.1, atol=0.1)
+    assert not list(places(model))
+    train(model.train(), optimizer, [0])
+
+
+def test_frozen_parameters_and_attention_are_on_the_core():
+    model = Mixer().requires_grad_(False)
+    model.last.requires_grad_(True)
+    cnmix.initialize(model)
+    model(torch.randn(3, 5, 4)).sum().backward()
+    assert places(model) == NAMES[:3] + NAMES[4:]
 
 
 def test_initialized_twice_and_made_float_again():
@@ -201,10 +247,10 @@ def test_settings_reach_places_that_come_later():
     train(model, optimizer, [0])
     cnmix_set_amp_use_online(True)
     found = {name: quantizers.configs for name, quantizers in quantizer_sets(model)}
-    for name in NAMES[:3]:
+    for name in NAMES[:4]:
         assert [found[name][each].threshold for each in ("input", "weight", "grad_output")] == [0.2, 0.3, 0.2]
         assert found[name]["input"].steps_per_epoch == 10
-    of_convolution = found[NAMES[3]]["input"]
+    of_convolution = found[NAMES[4]]["input"]
     assert (of_convolution.quantify_rate, of_convolution.threshold) == (0.5, None)
     assert found[NAMES[0]]["input"].quantify_rate != 0.5
     assert all(config.online for configs in found.values() for config in configs.values())
@@ -227,7 +273,7 @@ def test_a_width_over_the_settings_is_refused():
     narrow, _ = start(opt_level="O3")
     del state["models"][0]["modules"]["last"]
     before = cnmix.state_dict(narrow)
-    with pytest.raises(ValueError, match=r"of '\.\.forward\+2:matmul' is saved at int16, over max_bitwidth 8"):
+    with pytest.raises(ValueError, match=r"of '\.\.forward\+2:matmul\(mix\)' is saved at int16, over max_bitwidth 8"):
         cnmix.load_state_dict(state, narrow, strict=False)
     assert cnmix.state_dict(narrow) == before
 
@@ -250,8 +296,8 @@ def test_code_that_was_edited_is_told_of_once(caplog):
     cnmix.load_state_dict({**state, "loss_scalers": []}, edited)
     train(edited, optimizer, range(3))
     (message,) = [record.getMessage() for record in caplog.records if "begins anew" in record.getMessage()]
-    assert message.startswith("'Edited' does not call forward+2:matmul, ")
-    assert "but forward+3:matmul, which" in message
+    assert message.startswith("'Edited' does not call forward+2:matmul(mix), ")
+    assert "but forward+3:matmul(mix), which" in message
 
 
 def test_the_same_code_says_nothing(caplog):

@@ -271,7 +271,7 @@ def test_a_subclass_is_attention_too():
         "..value_gradient",
         "..in_proj",
         "..out_proj",
-        "..forward+1:matmul",
+        "..forward+1:matmul(out_proj.weight)",
     ]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import cnmix
 from cnmix.nn import operators
-from cnmix.nn.quantizers import find_quantizers
+from cnmix.nn.handles import find_quantizers
 
 
 @pytest.fixture(autouse=True)
@@ -193,8 +193,8 @@ def test_integers_that_wait_are_limited_and_taken_once():
     module = nn.Linear(4, 4)
     cnmix.initialize(module, None)
     quantizers = module.quantizers
-    numbers = [quantizers.put_aside((torch.zeros(1), torch.zeros(1))) for _ in range(70)]
-    quantizers.take_back(numbers[-1])
+    numbers = [quantizers.waiting.put((torch.zeros(1), torch.zeros(1))) for _ in range(70)]
+    quantizers.waiting.take(numbers[-1], "x")
     for number in (numbers[0], numbers[-1]):
         with pytest.raises(RuntimeError, match="run the backward pass once"):
-            quantizers.take_back(number)
+            quantizers.waiting.take(number, "x")
