@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from . import float_products
 from .kernels import profiling
-from .nn import QuantizedModule, quantizer_sets, quantizers_of
+from .nn import QuantizedModule, quantizers_of
 from .nn.classes import plain_class
 from .nn.function_calls import function_products, set_function_products
 from .nn.places import ATTRIBUTES, detach
@@ -151,12 +151,11 @@ def executed_products(
         if event.cpu_parent is None:
             counts.add(event, _Context(None, "forward"))
     why = _reasons(model, compiled)
-    names = {quantizers.fqn: name for name, quantizers in quantizer_sets(model)}
     macs = sum(count.macs or 0 for count in counts.found.values())
     return ExecutedProducts(
         tuple(
             ExecutedProduct(
-                "(outside of the model)" if key.place is None else names.get(key.place, key.place),
+                "(outside of the model)" if key.place is None else _in_state(key.place, model),
                 key.executed,
                 key.phase,
                 count.calls,
@@ -168,6 +167,12 @@ def executed_products(
             for key, count in counts.found.items()
         )
     )
+
+
+def _in_state(name: str, model: nn.Module) -> str:
+    """Returns a product's name as the state has it, where messages say the class of the model for the model itself."""
+    root = plain_class(model).__name__
+    return name.removeprefix(root) if name == root or name.startswith(f"{root}..") else name
 
 
 class _Context(NamedTuple):
