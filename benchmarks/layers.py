@@ -16,7 +16,9 @@ import copy
 import cProfile
 import pstats
 import statistics
+import sys
 import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -138,6 +140,35 @@ def compare_memory() -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
+class Calls(nn.Module):
+    """Calls a function a thousand times, or is one of a hundred modules that call each other."""
+
+    def __init__(self, depth: int = 0) -> None:
+        super().__init__()
+        self.inner = Calls(depth - 1) if depth > 1 else None
+        self.deep = depth > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x``."""
+        if not self.deep:
+            for _ in range(1000):
+                x.add_(1)
+        return x if self.inner is None else self.inner(x)
+
+
+def watching() -> dict[str, float]:
+    """Returns what it costs in microseconds that functions are watched, for each call of one and of a module."""
+    found = {}
+    sys.setrecursionlimit(10_000)
+    for name, depth, count in (("function", 0, 1000), ("module", 100, 100)):
+        module, x = Calls(depth), torch.zeros(4)
+        seconds = min(timeit.repeat(lambda module=module, x=x: module(x), number=1, repeat=50))
+        convert(module, QuantizeConfig())
+        watched = min(timeit.repeat(lambda module=module, x=x: module(x), number=1, repeat=50))
+        found[name] = (watched - seconds) / count * 1e6
+    return found
+
+
 def profile(kind: str, hidden: int, length: int, batch: int, bits: int) -> None:
     """Prints where the time between updates goes."""
     module = KINDS[kind](hidden, hidden)
@@ -161,6 +192,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing else")
     parser.add_argument("--memory", action="store_true", help="measure the memory of attention, and nothing else")
+    parser.add_argument("--watching", action="store_true", help="measure what finding functions costs, alone")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -168,6 +200,9 @@ def main() -> None:
     if args.profile:
         for kind in args.kinds:
             profile(kind, *sizes)
+        return
+    if args.watching:
+        print(", ".join(f"{cost:.1f} microseconds a {name}" for name, cost in watching().items()))
         return
     found = machine()
     print(describe(found))
