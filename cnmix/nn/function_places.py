@@ -34,7 +34,8 @@ ATTENTION_PLACES = (
 _STEP = r"[\w<>]+\+\d+(\.\d+)?"
 _PLACE = re.compile(rf"({_STEP}>)*{_STEP}:\w+(\([\w.]+\))?(\.\w+)*")
 _INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>")  # a part of the code around them from Python 3.12 on
-_WRAPPERS = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate")  # packages that call a forward pass
+# Packages that put code of theirs around a forward pass, and those that put a training step in its place for DDP.
+_WRAPPERS, _LOOPS = ("accelerate",), ("lightning", "pytorch_lightning", "lightning_fabric")
 _MATMUL_OPERATORS = ("@", "@=")
 
 
@@ -50,22 +51,24 @@ def calling_frames(module: nn.Module) -> list[FrameType] | None:
     """Returns the frames of the user's code that lead to the function of torch that is being handled.
 
     Those of this module's forward pass, the one that called the function first. None where that is code of torch or of
-    cnmix, such as a module that was left in float, or is compiled, and where this module is not being called: Ctrl-C
-    leaves a call without its hooks.
+    cnmix, such as a module that was left in float, or is compiled; where a training step is called in place of the
+    forward pass, as Lightning does for DDP, whose loss stays float as it does without; and where this module is not
+    being called: Ctrl-C leaves a call without its hooks.
     """
     frame: FrameType | None = sys._getframe(3)  # past the mode's two
-    while frame is not None and _origin(frame.f_code) == "passing on":
+    while frame is not None and _origin(frame.f_code.co_filename) == "passing on":
         frame = frame.f_back
-    if frame is None or _origin(frame.f_code) != "user":
+    if frame is None or _origin(frame.f_code.co_filename) != "user":
         return None
     found: list[FrameType] = []
     whole = False
     while frame is not None and called_module(frame) is not module:
-        if frame.f_code.co_name == _COMPILED and _origin(frame.f_code) == "library":
+        origin = _origin(frame.f_code.co_filename)
+        if origin == "loop" or (origin == "library" and frame.f_code.co_name == _COMPILED):
             return None
         # What activation checkpointing calls again is called from elsewhere then.
         whole |= frame.f_code.co_filename == checkpoint.__file__
-        if not whole and _origin(frame.f_code) == "user":
+        if not whole and origin == "user":
             found.append(frame)
         frame = frame.f_back
     return None if frame is None else found
@@ -98,13 +101,14 @@ def place_of(frames: Sequence[FrameType], function: str) -> str:
 
 
 @functools.cache
-def _origin(code: CodeType) -> Literal["passing on", "library", "wrapper", "user"]:
-    file = code.co_filename
+def _origin(file: str) -> Literal["passing on", "library", "wrapper", "loop", "user"]:
     if file in _PASSING_ON:
         return "passing on"
     standard = file.startswith(_PYTHON) and "-packages" + os.sep not in file
     if any(f"-packages{os.sep}{name}{os.sep}" in file for name in _WRAPPERS):
         return "wrapper"
+    if any(f"-packages{os.sep}{name}{os.sep}" in file for name in _LOOPS):
+        return "loop"
     return "library" if standard or file.startswith((_TORCH, _CNMIX)) else "user"
 
 

@@ -183,6 +183,25 @@ def test_the_innermost_module_owns_a_product_and_decorators_are_no_part_of_the_w
     assert places_of(Nested()) == [*OUTER, "block..forward+2:matmul(weights.0)"]
 
 
+@pytest.mark.parametrize(("package", "on_core"), [("lightning", False), ("accelerate", True), ("mine", True)])
+def test_a_training_step_in_place_of_the_forward_pass_stays_float(package, on_core):
+    """Lightning does that for DDP, and a loss is float without; accelerate wraps a forward pass."""
+    code = "def instead(step):\n    def forward(*args):\n        return step(*args)\n    return forward"
+    made = {}
+    exec(compile(code, f"/lib/site-packages/{package}/strategy.py", "exec"), made)
+
+    class Model(Nested):
+        def step(self, x):
+            return self.block(x) @ self.weights[0]
+
+        forward = made["instead"](step)
+
+    inside, *own = reversed(places_of(Model()))
+    assert inside == "block..forward+2:matmul(weights.0)"
+    assert bool(own) == on_core
+    assert package != "accelerate" or own == ["..step+1:matmul(weights.0)"]
+
+
 def test_a_module_that_is_left_out_leaves_its_functions_in_float():
     model = Nested()
     cnmix.initialize(model, exclude=["block"])
