@@ -112,7 +112,7 @@ def _origin(file: str) -> Literal["passing on", "library", "wrapper", "loop", "u
     return "library" if standard or file.startswith((_TORCH, _CNMIX)) else "user"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1 << 14)  # more than any model has; a recursion brings one for each depth
 def _place(calls: tuple[tuple[CodeType, int], ...], function: str) -> str:
     names: list[str] = []
     seen: set[CodeType] = set()
