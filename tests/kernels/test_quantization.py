@@ -165,3 +165,28 @@ def test_quantize_refuses_other_widths(bits):
 def test_quantize_refuses_other_roundings(rounding, shape):
     with pytest.raises(ValueError, match="half_away or stochastic"):
         quantization.quantize(torch.zeros(shape), 8, 0, rounding)
+
+
+SLICES = {
+    "columns": lambda x: x[:, :, 32:96],
+    "heads": lambda x: x[:, :, :64].unflatten(-1, (4, 16)).permute(1, 2, 0, 3),
+    "turned heads": lambda x: x[:, :, 64:].unflatten(-1, (4, 16)).permute(1, 2, 3, 0),
+    "every other row": lambda x: x[::2],
+    "every other column": lambda x: x[:, :, ::2],
+    "one row for all": lambda x: x[:1].expand(5, -1, -1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 16, 31])
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_is_quantized_as_a_copy_of_it_is(name, bits, dtype):
+    x = SLICES[name](torch.randn(7, 5, 128, generator=torch.Generator().manual_seed(0)).to(dtype))
+    found, statistics = quantization.quantize_measured(x, bits, 3 - bits)
+    expected, known = quantization.quantize_measured(x.contiguous(), bits, 3 - bits)
+    assert torch.equal(found.values, expected.values)
+    assert (statistics.absmax, found.position, found.finite) == (known.absmax, expected.position, True)
+    assert found.values.stride() == torch.empty_like(x).stride() or name == "one row for all"
+    if name != "one row for all":
+        x[-1, -1, -1] = float("nan")
+        assert not quantization.quantize_measured(x, bits, 3 - bits)[0].finite
