@@ -179,8 +179,8 @@ def load_model_state(model: nn.Module, saved: Mapping[str, Any], strict: bool = 
 
     With ``strict`` the products of functions are then those that the saved run had called.
     """
-    for _, module in model.named_modules():
-        if strict:
+    if strict:
+        for module in model.modules():
             forget_functions(module)
     make_products(model, saved["modules"])
     for name, quantizers in quantizer_sets(model):

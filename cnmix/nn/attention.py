@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..entries import quantize_entries
 from .batched import multiply_integers, save_operands, saved_operands, transposed
-from .function_calls import Call, are_broadcast, is_multiplied
+from .function_calls import Call, are_broadcast, is_broadcast_to, is_multiplied
 from .quantizers import ModuleQuantizers
 
 # The largest value that fills the width: 127 steps of int8 at the position of 1.
@@ -83,7 +83,6 @@ def scaled_dot_product_attention(
     attention = attention_of(
         call,
         (query, key, value),
-        "",
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
         is_causal,
         dropout_p,
@@ -94,16 +93,16 @@ def scaled_dot_product_attention(
 def _is_mask(mask: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether this is broadcast to scores of this shape."""
     known = is_multiplied(mask) or (type(mask) is Tensor and mask.dtype == torch.bool and mask.numel() > 0)
-    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
-    return known and mask.dim() <= len(shape) and all(each in (1, size) for each, size in sizes)
+    return known and is_broadcast_to(mask.shape, shape)
 
 
 def attention_of(
-    call: Call, operands: tuple[Tensor, ...], prefix: str, scale: float, causal: bool, dropout: float
+    call: Call, operands: tuple[Tensor, ...], scale: float, causal: bool, dropout: float
 ) -> Attention | None:
     """Finds the quantizers of attention; None where it stays float."""
-    found = [call.quantizers(*operands, part=prefix + part) for part in ("scores", "values", "value_gradient")]
-    scores, values, gradient = found
+    scores, values, gradient = (
+        call.quantizers(*operands, part=part) for part in ("scores", "values", "value_gradient")
+    )
     if scores is None or values is None or gradient is None:
         return None
     return Attention(scores[0], values[0], gradient[0], scores[1], scale, causal, dropout)
@@ -142,7 +141,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         shape, shared = (*query.shape[:-1], key.shape[-2]), key.shape[-3]
         grouped = _rows_by_shared_head(query, shared)
-        qq, qk, _ = attention.scores.quantize_batches(grouped, key, attention.trains)
+        qq, qk = attention.scores.quantize_batches(grouped, key, attention.trains)
         scores = multiply_integers(qq, transposed(qk), attention.scores, torch.float32).view(shape)
         weights = probabilities(scores, mask, attention).to(query.dtype)
         kept = None
@@ -150,7 +149,7 @@ class _Attention(torch.autograd.Function):
             kept = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - attention.dropout)
         largest = weights.amax(-1, keepdim=True).to(torch.float32).clamp_(min=_SMALLEST)
         scaled = _rows_by_shared_head(_dropped(weights, kept, attention, _FULL / largest), shared)
-        qw, qv, _ = attention.values.quantize_batches(scaled, value, attention.trains)
+        qw, qv = attention.values.quantize_batches(scaled, value, attention.trains)
         del scaled
         y = multiply_integers(qw, qv, attention.values, torch.float32).view(*query.shape[:-1], value.shape[-1])
         ctx.attention = attention

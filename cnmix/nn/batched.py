@@ -36,7 +36,7 @@ def multiply_batches(a: Tensor, b: Tensor, quantizers: ModuleQuantizers, trainin
 class _BatchedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, quantizers: ModuleQuantizers, training: bool) -> Tensor:
-        qa, qb, _ = quantizers.quantize_batches(a, b, training)
+        qa, qb = quantizers.quantize_batches(a, b, training)
         needs_a, needs_b = ctx.needs_input_grad[:2]
         save_operands(ctx, qa if needs_b else None, qb if needs_a else None)
         ctx.quantizers, ctx.training = quantizers, training

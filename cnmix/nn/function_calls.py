@@ -67,7 +67,7 @@ class FunctionProducts:
 
         Empty for another operand. A place that a loop goes through with several parameters is a product for each.
         """
-        whole = operand if operand._base is None else operand._base
+        whole = _whole(operand)
         if not isinstance(whole, nn.Parameter):
             return ""
         known = self._names.get(id(whole))
@@ -144,6 +144,12 @@ def is_multiplied(*operands: Any) -> bool:
 def are_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two shapes are broadcast against each other."""
     return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
+def is_broadcast_to(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is broadcast to another one."""
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(each in (1, size) for each, size in sizes)
 
 
 class Call:
@@ -248,5 +254,10 @@ def _multiply_matrix(
 
 def is_parameter(weight: Tensor) -> bool:
     """Whether this is a parameter, or all of one in another layout."""
-    whole = weight if weight._base is None else weight._base
+    whole = _whole(weight)
     return isinstance(whole, nn.Parameter) and whole.numel() == weight.numel()
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Returns what ``x`` is a view of, or itself."""
+    return x if x._base is None else x._base

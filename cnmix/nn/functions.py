@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention import scaled_dot_product_attention
 from .einsum import einsum, tensordot
-from .function_calls import Call, is_multiplied
+from .function_calls import Call, is_broadcast_to, is_multiplied
 from .grouped import grouped_mm
 from .multihead import multi_head_attention
 from .products import ConvolutionGeometry
@@ -74,8 +74,7 @@ def _baddbmm(
 
 def _is_added(x: Any, shape: Sequence[int]) -> bool:
     """Whether this is a plain float tensor that is broadcast to a product of this shape."""
-    sizes = zip(reversed(x.shape), reversed(shape), strict=False) if isinstance(x, Tensor) else ()
-    return is_multiplied(x) and x.dim() <= len(shape) and all(each in (1, size) for each, size in sizes)
+    return is_multiplied(x) and is_broadcast_to(x.shape, shape)
 
 
 def _add(product: Any, input: Tensor, beta: float, alpha: float) -> Any:

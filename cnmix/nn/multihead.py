@@ -63,7 +63,6 @@ def multi_head_attention(
     attention = attention_of(
         call,
         (query, key, value, *(each for each in weights if each is not None)),
-        "",
         1 / math.sqrt(embed_dim_to_check // num_heads),
         False,
         dropout_p if training else 0.0,

@@ -230,16 +230,13 @@ class ModuleQuantizers:
 
     def quantize_batches(
         self, a: Tensor, b: Tensor, training: bool
-    ) -> tuple[FixedPoint | FixedPointBatch, FixedPoint | FixedPointBatch, tuple[int, int | None, int]]:
+    ) -> tuple[FixedPoint | FixedPointBatch, FixedPoint | FixedPointBatch]:
         """Quantizes both operands of a product of batches of matrices, whose entries may have their own positions.
 
         In a pass that activation checkpointing repeats as ``quantize`` does.
-
-        Returns:
-            Both; and width, position and step of the left one, from which ``entries.repeat_entries`` makes it again.
         """
         operands = (self.input, a), (self.weight, b)
-        forms: list[tuple[int, int | None, int]]
+        forms: list[tuple[int, int | None, int]]  # width, position and step of each
         part, repeated = self._begin() if training else (None, False)
         if repeated:
             call = self._calls.next(part)
@@ -247,15 +244,15 @@ class ModuleQuantizers:
             if call is not None and not isinstance(call.weight, FixedPoint):
                 forms = [(call.bits, call.position, call.step), call.weight]
             left, right = (repeat_entries(*each, form) for each, form in zip(operands, forms, strict=True))
-            return left, right, forms[0]
+            return left, right
         left, right = (quantize_entries(*each, training) for each in operands)
-        forms = [
-            (x.bits, x.position if isinstance(x, FixedPoint) else None, quantizer.state.step)
-            for x, (quantizer, _) in zip((left, right), operands, strict=True)
-        ]
         if part is not None:
+            forms = [
+                (x.bits, x.position if isinstance(x, FixedPoint) else None, quantizer.state.step)
+                for x, (quantizer, _) in zip((left, right), operands, strict=True)
+            ]
             self._calls.add(part, FirstPass(*forms[0], forms[1]))
-        return left, right, forms[0]
+        return left, right
 
     def _quantize_right(self, weight: Tensor, training: bool) -> FixedPoint:
         if self.keeps_weight:
