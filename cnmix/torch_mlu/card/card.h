@@ -1,0 +1,59 @@
+// The emulated card: a private-use device of PyTorch whose memory is the host's.
+//
+// A tensor there has the device's dispatch key and a storage on the device, so that all of PyTorch sees a device that is
+// not the host. Under that storage is one of the host with the same bytes: a kernel of the host computes on a second
+// tensor, the host view, which has it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/Storage.h>
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+namespace cnmix::card {
+
+constexpr auto kCard = c10::DeviceType::PrivateUse1;
+constexpr int kMaximumCards = 64;
+
+// What a caller sets, and what counts up while it runs.
+struct Settings {
+  std::atomic<int> cards{1};
+  std::atomic<bool> strict{false};
+  // Whether products of float tensors run as int31, as on the 200 series.
+  std::atomic<bool> fixed_point{false};
+  std::atomic<int> log_level{1};
+};
+Settings& settings();
+
+struct Memory {
+  std::atomic<int64_t> allocated{0}, peak{0}, allocations{0};
+};
+Memory& memory(int card);
+
+int current_card();
+int set_current_card(int card);  // returns the one before
+
+c10::Allocator* allocator();
+// The host's storage under a card's, which shares its bytes; and a card's on a storage of the host.
+const c10::Storage& host_storage(const c10::Storage& card);
+c10::Storage card_storage(const c10::Storage& host, int card);
+// Gives a card's storage the bytes that its host storage has since it was resized.
+void follow_resize(const c10::Storage& card);
+
+inline bool is_on_card(const at::Tensor& x) {
+  return x.defined() && x.device().type() == kCard;
+}
+// A tensor of the host on the same bytes, with the same version counter.
+at::Tensor host_view(const at::Tensor& x);
+// A tensor of the card on the bytes of a host tensor.
+at::Tensor to_card(const at::Tensor& x, int card);
+// The same on a storage that the card has already.
+at::Tensor card_view(const at::Tensor& host, c10::Storage storage);
+
+// Says a line once for each text, by Python's logging where it was set up.
+void warn_once(const std::string& text);
+
+}  // namespace cnmix::card

@@ -1,0 +1,131 @@
+// The card's memory: the host's, counted per card.
+#include "card.h"
+
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
+
+namespace cnmix::card {
+
+Settings& settings() {
+  static Settings it;
+  return it;
+}
+
+Memory& memory(int card) {
+  static Memory of_cards[kMaximumCards];
+  return of_cards[card];
+}
+
+namespace {
+
+// What a card's storage is on: the host's storage with the bytes.
+struct Adopted {
+  c10::Storage host;
+  int64_t bytes;
+  int card;
+};
+
+void release(void* context) {
+  auto* adopted = static_cast<Adopted*>(context);
+  memory(adopted->card).allocated -= adopted->bytes;
+  delete adopted;
+}
+
+c10::DataPtr adopt(c10::Storage host, int card) {
+  const auto bytes = static_cast<int64_t>(host.nbytes());
+  auto& counts = memory(card);
+  const int64_t now = counts.allocated += bytes;
+  int64_t peak = counts.peak;
+  while (now > peak && !counts.peak.compare_exchange_weak(peak, now)) {
+  }
+  counts.allocations += 1;
+  void* data = host.mutable_data();
+  auto* adopted = new Adopted{std::move(host), bytes, card};
+  return {data, adopted, &release, c10::Device(kCard, static_cast<c10::DeviceIndex>(card))};
+}
+
+c10::Storage new_host_storage(size_t bytes) {
+  auto* allocator = c10::GetCPUAllocator();
+  return {c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true};
+}
+
+struct CardAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    return adopt(new_host_storage(bytes), current_card());
+  }
+  c10::DeleterFnPtr raw_deleter() const override {
+    return nullptr;
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+void copy_geometry(const c10::TensorImpl* from, c10::TensorImpl* to) {
+  to->set_sizes_and_strides(from->sizes(), from->strides(), from->storage_offset());
+  if (from->is_conj()) {
+    to->_set_conj(true);
+  }
+  if (from->is_neg()) {
+    to->_set_neg(true);
+  }
+  if (from->is_wrapped_number()) {
+    to->set_wrapped_number(true);
+  }
+}
+
+}  // namespace
+
+c10::Allocator* allocator() {
+  static CardAllocator it;
+  return &it;
+}
+
+const c10::Storage& host_storage(const c10::Storage& card) {
+  const auto& data = card.data_ptr();
+  TORCH_CHECK(data.get_deleter() == &release, "this storage is on no card of this process");
+  return static_cast<Adopted*>(data.get_context())->host;
+}
+
+c10::Storage card_storage(const c10::Storage& host, int card) {
+  return {c10::Storage::use_byte_size_t(), host.nbytes(), adopt(host, card), allocator(), true};
+}
+
+void follow_resize(const c10::Storage& card) {
+  const c10::Storage host = host_storage(card);  // a reference would go with the old bytes
+  auto* impl = card.unsafeGetStorageImpl();
+  if (host.nbytes() != impl->nbytes() || host.data() != impl->data()) {
+    impl->set_data_ptr_noswap(adopt(host, impl->device().index()));
+    impl->set_nbytes(host.nbytes());
+  }
+}
+
+at::Tensor host_view(const at::Tensor& x) {
+  auto* impl = x.unsafeGetTensorImpl();
+  auto view = c10::make_intrusive<c10::TensorImpl>(
+      c10::Storage(host_storage(impl->storage())), c10::DispatchKeySet(c10::DispatchKey::CPU), impl->dtype());
+  copy_geometry(impl, view.get());
+  if (!impl->is_inference()) {
+    view->set_version_counter(impl->version_counter());
+  }
+  return at::Tensor(std::move(view));
+}
+
+at::Tensor card_view(const at::Tensor& host, c10::Storage storage) {
+  const auto* impl = host.unsafeGetTensorImpl();
+  auto view = c10::make_intrusive<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), impl->dtype());
+  copy_geometry(impl, view.get());
+  return at::Tensor(std::move(view));
+}
+
+at::Tensor to_card(const at::Tensor& x, int card) {
+  if (!x.defined()) {
+    return x;
+  }
+  TORCH_CHECK(x.layout() == c10::kStrided, "the emulated card has no ", x.layout(), " tensors: keep them on the host");
+  return card_view(x, card_storage(x.storage(), card));
+}
+
+}  // namespace cnmix::card

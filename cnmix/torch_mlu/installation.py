@@ -1,0 +1,110 @@
+"""Puts the emulation in the place of the vendor's package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+# The vendor's names, and where this package has what they stand for.
+_ALIASES = {"torch_mlu": "cnmix.torch_mlu", "catch_perf": "cnmix.torch_mlu.catch_perf"}
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports ``torch_mlu`` and what is below it as the modules of this package, the same objects under two names."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        ours = _ours(name)
+        if ours is None or importlib.util.find_spec(ours) is None:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        ours = _ours(spec.name)
+        assert ours is not None  # find_spec saw it
+        module = importlib.import_module(ours)
+        self._own = module.__spec__, module.__loader__, module.__package__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__, module.__loader__, module.__package__ = self._own
+
+
+def _ours(name: str) -> str | None:
+    for theirs, ours in _ALIASES.items():
+        if name == theirs or name.startswith(f"{theirs}."):
+            return ours + name[len(theirs) :]
+    return None
+
+
+def is_installed() -> bool:
+    """Whether this process has the emulated ``torch_mlu``."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+def vendor_package() -> str | None:
+    """Returns where the vendor's own package is, or None."""
+    if is_installed():
+        return None
+    spec = importlib.util.find_spec("torch_mlu")
+    return None if spec is None else spec.origin or "sys.path"
+
+
+def install(cards: int | None = None, *, strict: bool | None = None, card_name: str | None = None) -> None:
+    """Puts the emulated ``torch_mlu`` and the device ``mlu`` in place, for this process, until it ends.
+
+    Calling it again changes the settings that are given.
+
+    Args:
+        cards: how many cards there are. None is as many as ``MLU_VISIBLE_DEVICES`` names, or one.
+        strict: whether an operator refuses what a card would refuse, tensors of host and card mixed foremost; without,
+            it says so once in the log and computes. None is what ``CNMIX_STRICT_DEVICE`` says, or False.
+        card_name: MLU220, MLU270, MLU290, MLU370 or MLU590. None is ``DEFAULT_MLU_DEVICE_NAME``, or MLU370.
+
+    Raises:
+        RuntimeError: if the vendor's own package is installed, which is never replaced, or another private-use device
+            is in use.
+        ValueError: if there is no card of that name, or the number of cards is not one that can be had.
+    """
+    vendor = vendor_package()
+    if vendor is not None:
+        raise RuntimeError(f"the vendor's torch_mlu is installed ({vendor}): it serves, and is never replaced")
+    from .core import mlu_model
+    from .settings import configure
+
+    if not is_installed():
+        name = torch._C._get_privateuse1_backend_name()
+        if name not in ("privateuseone", "mlu"):
+            raise RuntimeError(f"PyTorch's one private-use device is {name!r} in this process: run without it")
+        _register(mlu_model)
+        sys.meta_path.insert(0, _Finder())
+    configure(cards, strict, card_name)
+
+
+def _register(mlu_model: ModuleType) -> None:
+    from .card import library
+
+    loaded = library()
+    torch.utils.rename_privateuse1_backend("mlu")
+    loaded.register(1)
+    torch._register_device_module("mlu", mlu_model)
+    torch.utils.generate_methods_for_privateuse1_backend(
+        for_tensor=True, for_module=True, for_packed_sequence=True, for_storage=True
+    )
+    torch.is_mlu_available = mlu_model.is_available  # type: ignore[attr-defined]
+    # A backward pass on this thread: another thread would have OpenMP threads of its own, on the same cores.
+    torch.autograd.set_multithreading_enabled(False)
+
+
+def asked_by_environment() -> bool:
+    """Whether a parent, as ``cnmix run``, handed the emulation to this process."""
+    return os.environ.get("CNMIX_TORCH_MLU") == "1"
