@@ -6,7 +6,6 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -78,6 +77,7 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
     vendor = vendor_package()
     if vendor is not None:
         raise RuntimeError(f"the vendor's torch_mlu is installed ({vendor}): it serves, and is never replaced")
+    from .cards import find_card
     from .core import mlu_model
     from .settings import configure
 
@@ -87,11 +87,13 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
             raise RuntimeError(f"PyTorch's one private-use device is {name!r} in this process: run without it")
         _register(mlu_model)
         sys.meta_path.insert(0, _Finder())
-    configure(cards, strict, card_name)
+    changes = {"cards": cards, "strict": strict, "card": None if card_name is None else find_card(card_name)}
+    configure(**{name: value for name, value in changes.items() if value is not None})
 
 
 def _register(mlu_model: ModuleType) -> None:
     from .card import library
+    from .collectives import register_cncl
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
@@ -101,10 +103,10 @@ def _register(mlu_model: ModuleType) -> None:
         for_tensor=True, for_module=True, for_packed_sequence=True, for_storage=True
     )
     torch.is_mlu_available = mlu_model.is_available  # type: ignore[attr-defined]
+    from .backends import mlufusion
+
+    torch.backends.mlufusion = mlufusion  # type: ignore[attr-defined]
+    sys.modules["torch.backends.mlufusion"] = mlufusion
+    register_cncl()
     # A backward pass on this thread: another thread would have OpenMP threads of its own, on the same cores.
     torch.autograd.set_multithreading_enabled(False)
-
-
-def asked_by_environment() -> bool:
-    """Whether a parent, as ``cnmix run``, handed the emulation to this process."""
-    return os.environ.get("CNMIX_TORCH_MLU") == "1"
