@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def vendor_package() -> str | None:
     if is_installed():
         return None
     spec = importlib.util.find_spec("torch_mlu")
-    return None if spec is None else spec.origin or "sys.path"
+    return None if spec is None else spec.origin  # a folder of that name without __init__.py has none
 
 
 def install(cards: int | None = None, *, strict: bool | None = None, card_name: str | None = None) -> None:
@@ -87,8 +88,15 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
             raise RuntimeError(f"PyTorch's one private-use device is {name!r} in this process: run without it")
         _register(mlu_model)
         sys.meta_path.insert(0, _Finder())
-    changes = {"cards": cards, "strict": strict, "card": None if card_name is None else find_card(card_name)}
-    configure(**{name: value for name, value in changes.items() if value is not None})
+        sys.modules.pop("torch_mlu", None)  # such a folder, if something looked at it
+    changes: dict[str, Any] = {}
+    if cards is not None:
+        changes["cards"] = cards
+    if strict is not None:
+        changes["strict"] = strict
+    if card_name is not None:
+        changes |= {"card": find_card(card_name), "floating": None}
+    configure(**changes)
 
 
 def _register(mlu_model: ModuleType) -> None:
