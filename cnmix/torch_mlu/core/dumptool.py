@@ -67,8 +67,8 @@ class Dumper:
             raise TypeError(f"Dumper writes into a folder: dump_dir must be a path, not {dump_dir!r}")
         if level not in (0, 1, 2) or isinstance(level, bool):
             raise ValueError(
-                f"Dumper has no level {level!r}: take 0 (the first {_FIRST} values of a tensor), 1 (the sum of absolute "
-                "values) or 2 (all values)"
+                f"Dumper has no level {level!r}: take 0 (the first {_FIRST} values of a tensor), 1 (the sum of "
+                "absolute values) or 2 (all values)"
             )
         self._wanted = Path(os.fspath(dump_dir).rstrip("/") or "./dump")
         self._enable, self._use_cpu, self._level = bool(enable), bool(use_cpu), level
@@ -151,7 +151,7 @@ class _Writer(OperatorObserver):
         folder.mkdir(parents=True)
         kinds = _argument_kinds(call)
         for name, value in call.arguments.items():
-            self._write(folder / f"mlu_{name}", value, kinds.get(name, ""))
+            self._write(folder / f"mlu_{name}", value, kinds.get(name, "Array"))
         if self._use_cpu and not call.in_place and not call.out_form:
             # Before it runs: some operators write into arguments that their declarations do not name so.
             found, result = _on_host(call)
@@ -189,7 +189,7 @@ class _CaseWriter(OperatorObserver):
             file.write(f"{call.full_name}\n")
             for name, value in call.arguments.items():
                 file.write(f"{name}\n")
-                _write_value(file, value, kinds.get(name, ""), self._level)
+                _write_value(file, value, kinds.get(name, "Array"), self._level)
 
 
 class _Cases:
@@ -249,7 +249,7 @@ def _write_value(file: TextIO, value: Any, kind: str, level: int) -> None:
     elif type(value) in _SCALARS:
         file.write(f"Scalar : Type = {_SCALARS[type(value)]}\n{_text(value)}\n")
     elif isinstance(value, (list, tuple)):
-        file.write(f"{kind or 'List'} : Size = {len(value)}\n")
+        file.write(f"{kind} : Size = {len(value)}\n")
         for each in value:
             if type(each) in _SCALARS:
                 file.write(f"{_text(each)}\n")
@@ -323,7 +323,10 @@ _HOST_FORMS = {
 def _on_host(call: OperatorCall) -> tuple[bool, Any]:
     """Returns whether an operator could be computed on the host, and its result."""
     with contextlib.suppress(Exception), _untouched_random_numbers():
-        arguments = {name: _host_copy(value) for name, value in call.arguments.items()}
+        arguments = dict(call.arguments)
+        for name, value in arguments.items():
+            # A view is of the memory around it too, and is not written.
+            arguments[name] = _host(value) if call.is_view and isinstance(value, torch.Tensor) else _host_copy(value)
         if call.operator is None:
             return _float_product(call.name, arguments)
         operator = _HOST_FORMS.get(call.full_name, call.operator)
@@ -338,9 +341,18 @@ def _on_host(call: OperatorCall) -> tuple[bool, Any]:
 
 
 def _float_product(name: str, arguments: Mapping[str, Any]) -> tuple[bool, Any]:
-    if name != "quantize_matmul" or "bias" not in arguments:
+    """Computes one of cnmix's products in float, where its operands say all of it: the forward ones of modules."""
+    if name not in ("quantize_matmul", "quantize_convolution") or "weight" not in arguments:
         return False, None
-    return True, torch.nn.functional.linear(arguments["input"], arguments["weight"], arguments["bias"])
+    x, weight = arguments["input"], arguments["weight"]
+    if name == "quantize_convolution":
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        geometry = {key: arguments[key] for key in names}
+        geometry["output_padding"] = geometry["output_padding"] or [0] * len(geometry["stride"])
+        return True, torch.ops.aten.convolution(x, weight, arguments["bias"], *geometry.values())
+    if "bias" not in arguments:  # two batches of matrices
+        return True, x @ weight
+    return True, torch.nn.functional.linear(x, weight.flatten(1), arguments["bias"])
 
 
 def _host(x: torch.Tensor) -> torch.Tensor:
