@@ -69,12 +69,22 @@ def test_training_step_is_seen_as_the_card_runs_it() -> None:
     computing = [call.name for call in seen.calls if not call.is_view and not call.name.startswith(("empty", "copy"))]
     assert computing == [
         *("convolution_overrideable", "add_", "native_batch_norm", "relu", "max_pool2d_with_indices", "addmm"),
-        *("log_softmax", "nll_loss_forward", "fill_", "nll_loss_backward", "log_softmax_backward_data", "mm", "mm", "sum"),
-        *("max_pool2d_with_indices_backward", "threshold_backward", "native_batch_norm_backward"),
+        *(
+            "log_softmax",
+            "nll_loss_forward",
+            "fill_",
+            "nll_loss_backward",
+            "log_softmax_backward_data",
+            "mm",
+            "mm",
+            "sum",
+        ),
+        *("sum", "max_pool2d_with_indices_backward", "threshold_backward", "native_batch_norm_backward"),
         *("convolution_backward_overrideable", *["add_"] * 6),
     ]
     assert [call.number for call in seen.calls] == list(range(1, len(seen.calls) + 1))
-    assert len(seen.results) == len(seen.calls) and all(call.depth == 0 for call in seen.calls)
+    assert len(seen.results) == len(seen.calls)
+    assert all(call.depth == 0 for call in seen.calls)
 
 
 @pytest.mark.parametrize("level", ["float", "O1"])
@@ -106,9 +116,12 @@ def test_arguments_have_their_names_order_and_defaults() -> None:
         torch.add(x, x)
         y = x + 2
     first, second = seen.calls
-    assert list(first.arguments) == ["self", "other", "alpha"] and first.arguments["alpha"] == 1
-    assert first.arguments["self"] is x and first.arguments["self"].device.type == CARD
-    assert first.full_name == "aten::add.Tensor" and first.name == "add"
+    assert list(first.arguments) == ["self", "other", "alpha"]
+    assert first.arguments["alpha"] == 1
+    assert first.arguments["self"] is x
+    assert first.arguments["self"].device.type == CARD
+    assert first.full_name == "aten::add.Tensor"
+    assert first.name == "add"
     assert second.arguments["other"] == 2
     assert torch.equal(y.cpu(), torch.full((2, 3), 3.0))
 
@@ -127,10 +140,16 @@ def test_forms() -> None:
         x.view(2, 2)
         x.abs()
     add_, out, view, plain = seen.calls
-    assert add_.in_place and not add_.out_form and not add_.is_view
-    assert out.out_form and not out.in_place and out.name == "add"
+    assert add_.in_place
+    assert not add_.out_form
+    assert not add_.is_view
+    assert out.out_form
+    assert not out.in_place
+    assert out.name == "add"
     assert view.is_view
-    assert not (plain.in_place or plain.out_form or plain.is_view)
+    assert not (plain.in_place)
+    assert not (plain.out_form)
+    assert not (plain.is_view)
 
 
 def test_factories_copies_and_reads() -> None:
@@ -166,7 +185,9 @@ def test_a_composite_operator_is_seen_as_what_it_calls() -> None:
 def test_attention_is_seen_as_its_products() -> None:
     q = torch.randn(1, 2, 4, 8, device=CARD, requires_grad=True)
     names = names_of(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
-    assert names.count("bmm") == 6 and "softmax" in names and "softmax_backward_data" in names
+    assert names.count("bmm") == 6
+    assert "softmax" in names
+    assert "softmax_backward_data" in names
 
 
 def test_what_an_operator_calls_is_nested(operators: None) -> None:
@@ -178,7 +199,8 @@ def test_what_an_operator_calls_is_nested(operators: None) -> None:
     assert [(call.name, call.depth, call.number) for call in seen.calls] == [
         *(("abs", 0, 1), ("twice", 0, 2), ("add", 1, 1), ("relu", 1, 2), ("neg", 0, 3))
     ]
-    assert seen.calls[2].parent is seen.calls[1] and seen.calls[1].full_name == "cnmix_observed::twice"
+    assert seen.calls[2].parent is seen.calls[1]
+    assert seen.calls[1].full_name == "cnmix_observed::twice"
     assert torch.equal(y.cpu(), torch.tensor([0.0, 4.0]))
 
 
@@ -186,7 +208,8 @@ def test_an_operator_that_only_the_host_has_is_seen(operators: None) -> None:
     x = torch.ones(2, device=CARD)
     with Seen() as seen:
         y = torch.ops.cnmix_observed.host_only(x)
-    assert seen.names == ["host_only"] and y.device.type == CARD
+    assert seen.names == ["host_only"]
+    assert y.device.type == CARD
 
 
 def test_unseen_operators_are_not_numbered() -> None:
@@ -209,7 +232,8 @@ def test_several_observers_see_the_same_in_whatever_order_they_leave() -> None:
     x.exp()
     second.__exit__(None, None, None)
     x.log()
-    assert first.names == ["abs", "neg"] and second.names == ["neg", "exp"]
+    assert first.names == ["abs", "neg"]
+    assert second.names == ["neg", "exp"]
     assert [call.number for call in second.calls] == [1, 2]
     assert names_of(lambda: x.sin()) == ["sin"]
 
@@ -259,8 +283,10 @@ def test_products_in_fixed_point_are_seen() -> None:
         *("quantize_convolution", "quantize_matmul", "quantize_matmul_backward", "quantize_convolution_backward")
     ]
     convolution = products["quantize_convolution"]
-    assert convolution.arguments["input"].device.type == CARD and convolution.arguments["stride"] == (1, 1)
-    assert convolution.operator is None and set(convolution.bits) >= {"input", "weight"}
+    assert convolution.arguments["input"].device.type == CARD
+    assert convolution.arguments["stride"] == (1, 1)
+    assert convolution.operator is None
+    assert set(convolution.bits) >= {"input", "weight"}
     assert not any(call.depth for call in seen.calls)
     assert names_of(lambda: net(x))[0] == "quantize_convolution"
 
@@ -286,7 +312,9 @@ def test_tensor_classes_of_their_own_are_left_to_themselves() -> None:
     x = torch.ones(2, 3, device=CARD)
     with FlopCounterMode(display=False) as flops, Seen() as seen:
         torch.mm(x, x.T)
-    assert flops.get_total_flops() == 24 and "mm" in seen.names
+    assert flops.get_total_flops() == 24
+    assert "mm" in seen.names
     with Seen() as seen, FlopCounterMode(display=False) as flops:
         torch.mm(x, x.T)
-    assert flops.get_total_flops() == 24 and "mm" in seen.names
+    assert flops.get_total_flops() == 24
+    assert "mm" in seen.names

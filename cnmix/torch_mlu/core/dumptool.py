@@ -70,21 +70,23 @@ class Dumper:
                 f"Dumper has no level {level!r}: take 0 (the first {_FIRST} values of a tensor), 1 (the sum of "
                 "absolute values) or 2 (all values)"
             )
+        self._writer: _Writer | None
         self._wanted = Path(os.fspath(dump_dir).rstrip("/") or "./dump")
         self._enable, self._use_cpu, self._level = bool(enable), bool(use_cpu), level
-        self._writer: _Writer | None = None
+        self._folder, self._writer = self._wanted, None
         if enable:
             _check_can_be_made(self._wanted)
 
     @property
     def dump_dir(self) -> str:
-        """The folder that is written, or that is wished for before the start."""
-        return str(self._wanted if self._writer is None else self._writer.folder)
+        """The folder that is written, or was last; before the start, the one that is wished for."""
+        return str(self._folder)
 
     def start(self) -> None:
         """Begins to dump. Nothing happens where the dumper is disabled, or has begun."""
         if self._enable and self._writer is None:
-            self._writer = _Writer(_new_folder(self._wanted), self._use_cpu, self._level)
+            self._folder = _new_folder(self._wanted)
+            self._writer = _Writer(self._folder, self._use_cpu, self._level)
             self._writer.__enter__()
 
     def end(self) -> None:
@@ -143,8 +145,7 @@ class _Writer(OperatorObserver):
 
     def __init__(self, folder: Path, use_cpu: bool, level: int) -> None:
         super().__init__()
-        self.folder = folder
-        self._use_cpu, self._level = use_cpu, level
+        self._folder, self._use_cpu, self._level = folder, use_cpu, level
 
     def begins(self, call: OperatorCall) -> None:
         folder = self._of(call)
@@ -162,11 +163,11 @@ class _Writer(OperatorObserver):
         self._write(self._of(call) / "cnnl_result", result, _result_kind(call))
 
     def _of(self, call: OperatorCall) -> Path:
-        above = self.folder if call.parent is None else self._of(call.parent)
+        above = self._folder if call.parent is None else self._of(call.parent)
         return above / f"{call.number}_{call.name}"
 
     def _write(self, path: Path, value: Any, kind: str) -> None:
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             _write_value(file, value, kind, self._level)
 
 
@@ -185,7 +186,7 @@ class _CaseWriter(OperatorObserver):
         folder = self._folder / call.name
         folder.mkdir(exist_ok=True)
         kinds = _argument_kinds(call)
-        with (folder / f"{call.name}_{number}").open("w") as file:
+        with (folder / f"{call.name}_{number}").open("w", encoding="utf-8") as file:
             file.write(f"{call.full_name}\n")
             for name, value in call.arguments.items():
                 file.write(f"{name}\n")
