@@ -1,3 +1,4 @@
+import importlib
 import math
 import os
 import re
@@ -225,7 +226,7 @@ def test_a_training_step_is_written_whole() -> None:
             "mm",
             "sum",
         ),
-        *("sum", "max_pool2d_with_indices_backward", "threshold_backward", "native_batch_norm_backward"),
+        *("max_pool2d_with_indices_backward", "threshold_backward", "native_batch_norm_backward"),
         *("convolution_backward_overrideable", *["add_"] * 6),
     ]
     convolution = step / "1_convolution_overrideable"
@@ -309,8 +310,7 @@ def test_an_adaptively_quantized_step() -> None:
 
 
 def test_products_of_the_200_series() -> None:
-    if not torch._C._dispatch_has_kernel("cnmix::fixed_convolution"):
-        pytest.skip("this build has no int31 products of float tensors")
+    importlib.import_module("cnmix.torch_mlu.fixed_products")
     cnmix.torch_mlu.install(card_name="MLU270")
     net = small_net().to(CARD)
     x, y = (each.to(CARD) for each in batch())
