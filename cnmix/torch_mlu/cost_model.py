@@ -36,12 +36,13 @@ LAUNCH = 5e-6
 
 # They give memory to numbers to come, or other shapes to those that are there.
 _FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach_", "squeeze_", "unsqueeze_"}
-_FREE |= {"t_", "transpose_", "set_", "resize_", "as_strided_", "_unsafe_view", "record_stream", "_local_scalar_dense"}
+_FREE |= {"t_", "transpose_", "set_", "resize_", "as_strided_", "_unsafe_view", "record_stream"}
 # They write their first tensor without reading it.
 _FILL = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_"}
 # They read as much of their first tensor as they return.
 _PICK = {"embedding", "gather", "index", "index_select"}
 _COPY = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy"}
+_NUMBER = "_local_scalar_dense"  # to the host
 
 
 class Product(NamedTuple):
@@ -134,7 +135,9 @@ class CostModel:
             products=products,
         )
 
-    def operator(self, name: str, arguments: Mapping[str, Any], result: Any, kind: str | None = None) -> Estimate:
+    def operator(
+        self, name: str, arguments: Mapping[str, Any], result: Any, kind: str | None = None
+    ) -> Estimate | None:
         """Estimates one call of one of PyTorch's operators.
 
         Args:
@@ -142,13 +145,18 @@ class CostModel:
             arguments: by their names in the operator's schema, in its order, defaults included.
             result: what it returned.
             kind: type of the operands of its product; None is what the card takes their dtype for.
+
+        Returns:
+            ``NOTHING`` where no kernel runs, as for a view; None of a copy between host and card.
         """
         base = name.removeprefix("aten::").partition(".")[0]
-        outputs, written, is_view = _aliases(name)
-        if is_view or base in _FREE or _crosses_bus(base, arguments, result):
+        aliases = _aliases(name)
+        if aliases.is_view or base in _FREE:
             return NOTHING
-        read = {key: value for key, value in arguments.items() if key not in outputs}
-        traffic = _traffic(base, read, [result, *(arguments[key] for key in written)])
+        if base == _NUMBER or (base in _COPY and len({each.device for each in tensors_in([arguments, result])}) > 1):
+            return None
+        written = [result, *(arguments[key] for key in aliases.written)]
+        traffic = _traffic(base, inputs_of(name, arguments), written)
         values = [*arguments.values()]
         shapes = [tuple(each.shape) if isinstance(each, Tensor) else () for each in values]
         macs = float_products.count(
@@ -208,28 +216,37 @@ def _place(x: Tensor) -> Any:
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride()
 
 
-@functools.cache
-def _aliases(name: str) -> tuple[frozenset[str], frozenset[str], bool]:
-    """Returns what an operator's declaration says of its arguments' memory.
+def inputs_of(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an operator, by name, without the tensors that are there for its results."""
+    return {key: value for key, value in arguments.items() if key not in _aliases(name).outputs}
 
-    Returns:
-        The arguments that are written and not read, those that are written, and whether the operator is a view.
+
+class _Aliases(NamedTuple):
+    """What an operator's declaration says of its arguments' memory.
+
+    Attributes:
+        outputs: those that are written and not read.
+        written: those that are written.
+        is_view: whether its result is another view of one, and nothing is computed.
     """
+
+    outputs: frozenset[str]
+    written: frozenset[str]
+    is_view: bool
+
+
+@functools.cache
+def _aliases(name: str) -> _Aliases:
     operator, _, overload = name.partition(".")
     try:
         declared = torch._C._get_schema(operator, overload).arguments
     except RuntimeError:  # it is none of PyTorch's
-        return frozenset(), frozenset(), False
+        return _Aliases(frozenset(), frozenset(), False)
+    outputs = frozenset(each.name for each in declared if each.is_out or each.name == "dst")
     written = frozenset(each.name for each in declared if each.alias_info is not None and each.alias_info.is_write)
     shared = any(each.alias_info is not None for each in declared)
-    outputs = {each.name for each in declared if each.is_out} | ({"dst"} & {each.name for each in declared})
-    return frozenset(outputs), written, shared and not written
+    return _Aliases(outputs, written, shared and not written)
 
 
 def _is_special(x: Tensor) -> bool:
     return x.is_nested or x.layout is not torch.strided
-
-
-def _crosses_bus(base: str, arguments: Mapping[str, Any], result: Any) -> bool:
-    """Whether numbers go from the host to a card, or back."""
-    return base in _COPY and len({each.device.type for each in tensors_in([arguments, result])}) > 1
