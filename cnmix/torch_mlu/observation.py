@@ -119,7 +119,8 @@ class OperatorObserver:
         return call
 
     def _close(self, call: OperatorCall) -> None:
-        del self._numbers[len(self._open) :], self._open[self._open.index(call) :]
+        level = self._open.index(call)
+        del self._open[level:], self._numbers[level + 1 :]
 
 
 class _Mode(TorchDispatchMode):
@@ -128,7 +129,7 @@ class _Mode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.observers: list[OperatorObserver] = []
-        self._products: list[list[tuple[OperatorObserver, OperatorCall]]] = []
+        self._products: list[tuple[str, list[tuple[OperatorObserver, OperatorCall]]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -167,9 +168,14 @@ class _Mode(TorchDispatchMode):
     ) -> None:
         """Takes what cnmix's own products say: they are no operators of PyTorch's."""
         if phase == "begins":
-            self._products.append(self._begin(name, f"cnmix::{name}", dict(inputs), None, dict(bits)))
-        elif self._products:
-            self._end(self._products.pop(), _result_of(outputs))
+            self._products.append((name, self._begin(name, f"cnmix::{name}", dict(inputs), None, dict(bits))))
+            return
+        while self._products:
+            begun, opened = self._products.pop()
+            if begun == name:
+                self._end(opened, _result_of(outputs))
+                return
+            self._close(opened)  # it raised
 
     def _begin(self, *what: Any) -> list[tuple[OperatorObserver, OperatorCall]]:
         with _unseen():
@@ -184,7 +190,8 @@ class _Mode(TorchDispatchMode):
 
     def _close(self, opened: list[tuple[OperatorObserver, OperatorCall]]) -> None:
         for observer, call in opened:
-            observer._close(call)
+            if call in observer._open:
+                observer._close(call)
 
 
 @contextlib.contextmanager
