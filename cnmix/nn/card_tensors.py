@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -115,6 +116,11 @@ def to_card(x: Any, card: int) -> Any:
     return torch.ops.cnmix_card.card.default(x, card) if isinstance(x, Tensor) and x.is_cpu else x
 
 
+def host_by_default() -> AbstractContextManager[Any]:
+    """Returns a context in which new tensors are the host's, even where ``torch.set_default_device`` says otherwise."""
+    return nullcontext() if torch._C._len_torch_function_stack() == 0 else torch.device("cpu")
+
+
 def _argument(x: Any) -> Any:
     """Returns the host view of an argument, by which ``known_as`` finds it again."""
     view = to_host(x)
@@ -136,7 +142,8 @@ def _card_form(function: Any) -> Any:
         ctx.card = card
         ctx.described = described = _described(args)
         tell = _teller(observers, f"quantize_{described.product}", described, names, args) if observers else None
-        results = inner_forward(ctx, *map(_argument, args))
+        with host_by_default():
+            results = inner_forward(ctx, *map(_argument, args))
         results = _on_card(results, card)
         if tell is not None:
             tell(_result_names(results), results)
@@ -147,13 +154,17 @@ def _card_form(function: Any) -> Any:
         name = f"quantize_{described.product}_backward"
         given = ["grad_output", *(f"grad_output{i}" for i in range(1, len(gradients)))]
         tell = _teller(observers, name, described, given, gradients) if observers else None
-        found = _on_card(inner_backward(ctx, *map(to_host, gradients)), ctx.card)
+        with host_by_default():
+            found = inner_backward(ctx, *map(to_host, gradients))
+        found = _on_card(found, ctx.card)
         if tell is not None:
             tell([f"grad_{name}" for name in names], found)
         return found
 
     def contextless_forward(*args: Any) -> Any:
-        return _on_card(inner_forward(*map(_argument, args)), args[0].device.index)
+        with host_by_default():
+            results = inner_forward(*map(_argument, args))
+        return _on_card(results, args[0].device.index)
 
     # The other form's backward pass is a function that comes by ``apply_on_host`` itself.
     methods = {"forward": contextless_forward} if contextless else {"forward": forward, "backward": backward}
