@@ -97,7 +97,7 @@ class CostModel:
 
     Attributes:
         card: the card.
-        floating: whether it multiplies float tensors in float; else as int31.
+        floating: whether it multiplies float tensors in float, if it can; else as int31.
     """
 
     card: Card
@@ -110,10 +110,11 @@ class CostModel:
 
     def operand(self, dtype: torch.dtype) -> str:
         """Returns the type that the card multiplies a tensor of this dtype in."""
+        in_float = self.floating and self.card.floating
         if dtype in (torch.float16, torch.bfloat16):
-            return str(dtype).removeprefix("torch.") if self.floating else "int16"
+            return str(dtype).removeprefix("torch.") if in_float else "int16"
         if dtype.is_floating_point or dtype.is_complex:
-            return "float32" if self.floating else "int31"
+            return "float32" if in_float else "int31"
         return {1: "int8", 2: "int16"}.get(dtype.itemsize, "int31")
 
     def products(self, products: Iterable[Product], traffic: int) -> Estimate:

@@ -119,7 +119,7 @@ def test_multiply_accumulates_are_those_that_torch_counts(name):
     with Estimates() as mode:
         CALLS[name]()
     counted = sum(each.macs for _, each in mode.found if each is not None)
-    # Of attention on the CPU torch's counter has no formula for the backward kernel.
+    # Torch's counter has no formulas for the attention kernels of the CPU.
     expected = counter.get_total_flops() // 2 or 7 * 2 * 3 * 16 * 16 * 8
     assert counted == expected
 
