@@ -5,12 +5,14 @@ import pytest
 import cnmix.torch_mlu
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _emulation() -> None:
+@pytest.fixture(autouse=True, scope="session")
+def emulation() -> None:
+    """Puts the emulation in place, for this process until it ends."""
     cnmix.torch_mlu.install(cards=2, strict=False, card_name="MLU370")
 
 
 @pytest.fixture(autouse=True)
-def _settings_as_before() -> Iterator[None]:
+def settings_as_before() -> Iterator[None]:
+    """Lets a test change the settings."""
     yield
     cnmix.torch_mlu.install(cards=2, strict=False, card_name="MLU370")

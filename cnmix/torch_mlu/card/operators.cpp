@@ -13,6 +13,7 @@
 
 namespace cnmix::card {
 
+void register_collectives();
 void register_device();
 void register_operators(const std::unordered_set<std::string>& own);
 
@@ -307,6 +308,7 @@ __attribute__((visibility("default"))) void cnmix_card_register(int cards, Speak
   speak = say;
   cnmix::card::register_device();
   cnmix::card::register_operators(cnmix::card::own_operators());
+  cnmix::card::register_collectives();
 }
 
 __attribute__((visibility("default"))) void cnmix_card_set(int cards, bool strict, bool fixed_point) {

@@ -60,7 +60,7 @@ class MLUConv2d(_MLUConv, nn.Conv2d):
 
     def _register_images(self, mean: Tensor | None, std: Tensor | None) -> None:
         for name, value in (("input_mean", mean), ("input_std", std)):
-            constant = None if value is None else value.to(self.weight.device, torch.float32)
+            constant = None if value is None else value.detach().to(self.weight.device, torch.float32, copy=True)
             self._parameters[name] = None if constant is None else Parameter(constant, requires_grad=False)
 
     def _begin(self) -> None:
@@ -102,7 +102,8 @@ class MLUConv2d(_MLUConv, nn.Conv2d):
             error_msgs.extend(wrong)
             if not wrong:
                 self._register_images(given["input_mean"], given["input_std"])
-        else:  # those of the qconfig stay
+        else:
+            self._begin()  # what another file brought goes, what the qconfig asks for stays
             kept = {prefix + name: self._parameters[name] for name in names if self._parameters.get(name) is not None}
         super()._load_from_state_dict(
             {**state_dict, **kept}, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
