@@ -61,9 +61,10 @@ def formats(scale: Sequence[float], mode: Sequence[int]) -> Formats:
     positions = [_position(each, bits) for each in scale[2:]]
     middle = (max(positions) + min(positions)) / 2
     position = int(math.copysign(math.floor(abs(middle) + 0.5), middle))
-    qmax = limits(bits)[1]
-    absmax = qmax / torch.tensor(scale[2:], dtype=torch.float32)
-    return Formats(bits, _position(scale[0], bits), bits, position, qmax / absmax * math.ldexp(1.0, position))
+    of_weight = torch.tensor(scale[2:], dtype=torch.float32)
+    qmax = torch.full_like(of_weight, limits(bits)[1])  # a number over a tensor would be rounded twice
+    fine = qmax / (qmax / of_weight) * math.ldexp(1.0, position)
+    return Formats(bits, _position(scale[0], bits), bits, position, fine)
 
 
 def quantize_weight(weight: Tensor, chosen: Formats) -> FixedPoint:

@@ -83,7 +83,7 @@ class MLUMinMaxObserver:
         finite = absmax.isfinite()
         if not finite.all():
             warnings.warn(f"{self.name} has values that are not finite, and gets the scale 1.0", stacklevel=3)
-        qmax = limits(self.bits)[1]
+        qmax = torch.full_like(absmax, limits(self.bits)[1])  # a number over a tensor would be rounded twice
         scale = qmax / absmax
         # A magnitude below qmax / 3.4e38 has no scale in float32: to the integers of this width it is zero.
         return torch.where(finite & scale.isfinite(), scale, torch.ones(()))

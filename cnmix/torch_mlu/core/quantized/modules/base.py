@@ -134,18 +134,15 @@ class MLUQuantizedModule(nn.Module):
     ) -> None:
         own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
         given = {name: own.pop(prefix + name) for name in (*REQUIRED, *GENERATED) if prefix + name in own}
-        missing = [prefix + name for name in REQUIRED if name not in given]
-        if missing and strict and (given or self.activation_post_process is None):
-            missing_keys.extend(missing)
-        elif "scale" in given and "quantized_mode" in given:
+        if strict and (given or self.activation_post_process is None):
+            missing_keys.extend(prefix + name for name in REQUIRED if name not in given)
+        if "scale" in given and "quantized_mode" in given:
             try:
                 self.quantization = parse_quantization(
                     given, prefix, self.weight.shape[0], self.takes_scales_per_channel
                 )
             except ValueError as error:
                 error_msgs.append(str(error))
-        elif {*given} - {"use_symmetry"}:
-            error_msgs.append(f"{', '.join(missing)} missing beside {', '.join(prefix + name for name in given)}")
         if given and prefix + "weight" in own:
             self._follow_bias(own, prefix)
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
