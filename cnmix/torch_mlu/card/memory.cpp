@@ -2,8 +2,11 @@
 #include "card.h"
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
+
+#include <optional>
 
 namespace cnmix::card {
 
@@ -103,6 +106,11 @@ void follow_resize(const c10::Storage& card) {
 
 at::Tensor host_view(const at::Tensor& x) {
   auto* impl = x.unsafeGetTensorImpl();
+  // An inference tensor where it is one, whatever the mode is here: a parameter's version is counted in either.
+  std::optional<c10::InferenceMode> mode;
+  if (c10::InferenceMode::is_enabled() != impl->is_inference()) {
+    mode.emplace(impl->is_inference());
+  }
   auto view = c10::make_intrusive<c10::TensorImpl>(
       c10::Storage(host_storage(impl->storage())), c10::DispatchKeySet(c10::DispatchKey::CPU), impl->dtype());
   copy_geometry(impl, view.get());
