@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnmix
+import cnmix.torch_mlu
 from cnmix.torch_mlu.observation import OperatorCall, OperatorObserver
 
 CARD = "mlu"
@@ -182,7 +183,15 @@ def test_a_composite_operator_is_seen_as_what_it_calls() -> None:
         assert "addmm" in names_of(lambda: F.linear(y, torch.ones(4, 3, device=CARD), torch.ones(4, device=CARD)))
 
 
-def test_attention_is_seen_as_its_products() -> None:
+def test_attention_is_one_operator_where_the_card_multiplies_floats() -> None:
+    q = torch.randn(1, 2, 4, 8, device=CARD, requires_grad=True)
+    names = names_of(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert "scaled_dot_product_fused_attention_overrideable" in names
+    assert "scaled_dot_product_fused_attention_overrideable_backward" in names
+
+
+def test_attention_is_seen_as_its_products_where_they_are_int31() -> None:
+    cnmix.torch_mlu.install(card_name="MLU270")
     q = torch.randn(1, 2, 4, 8, device=CARD, requires_grad=True)
     names = names_of(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
     assert names.count("bmm") == 6
