@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+import cnmix.torch_mlu
 from cnmix.torch_mlu.core.mlu_quantize import quantize_dynamic_mlu
 from cnmix.torch_mlu.core.quantized import modules as cnq
 
@@ -378,3 +379,35 @@ def test_modules_stand_alone(make, shape):
     assert module(random(*shape)).shape[1] == 3
     with pytest.raises(RuntimeError, match=f"'{type(module).__name__}' has no scales"):
         module.to("mlu")(random(*shape).to("mlu"))
+
+
+GEOMETRIES = [
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": "valid", "stride": 2},
+    {"kernel_size": 3, "padding": (1, 2), "dilation": (1, 2)},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": (2, 3), "padding": (0, 1), "padding_mode": "circular", "groups": 2},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # PyTorch's, of the float module
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_convolutions_of_every_geometry(geometry, per_channel):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 6, **geometry)), random(2, 4, 7, 6)
+    scheme = {"mean": [0.1] * 4, "std": [0.5] * 4, "per_channel": per_channel}
+    run = quantize_dynamic_mlu(model)
+    run.load_state_dict(generated("int16", model, x, **scheme).state_dict())
+    with torch.no_grad():
+        y = run.to("mlu")((x * 127.5 + 25.5).to("mlu"))
+        assert torch.allclose(y.cpu(), model(x), atol=2e-3)
+        assert torch.equal(run(x[0].to("mlu")).cpu(), run(x[:1].to("mlu"))[0].cpu())
+
+
+@pytest.mark.parametrize("card", ["MLU220", "MLU270", "MLU370", "MLU590"])
+def test_every_card_computes_the_same_strict_or_not(card):
+    run = loaded(generated(mean=[0.5] * 3, std=[0.5] * 3).state_dict()).to("mlu")
+    expected = run(IMAGES.to("mlu")).cpu()
+    cnmix.torch_mlu.install(strict=True, card_name=card)
+    assert torch.equal(run(IMAGES.to("mlu")).cpu(), expected)
