@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from ..nn.card_tensors import product_observers
@@ -135,7 +136,9 @@ class _Mode(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(each, torch.Tensor) and not _is_plain(each) for each in types):
+        if any(issubclass(each, FakeTensor) for each in types):
+            return func(*args, **kwargs)  # a compiler tracing: nothing is computed
+        if not all(map(_is_plain, types)):
             return NotImplemented  # a tensor class of its own says what it is made of
         if not self.observers or not (_on_card(args) or _on_card(kwargs.values())):
             return func(*args, **kwargs)

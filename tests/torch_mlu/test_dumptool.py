@@ -496,3 +496,22 @@ def test_cases_of_a_wrong_level(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert not dump_cnnl_gencase()
     assert os.listdir() == []
     assert "CNNL_GEN_CASE" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_writes_nothing() -> None:
+    x = torch.ones(2, device=CARD)
+    with Dumper("forked"):
+        child = os.fork()
+        if child == 0:
+            try:
+                x.abs()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        x.neg()
+    assert folders("forked") == ["1_neg"]
+
+
+def test_the_vendors_name_is_the_same_module() -> None:
+    assert importlib.import_module("torch_mlu.core.dumptool") is dumptool

@@ -318,3 +318,10 @@ def test_tensor_classes_of_their_own_are_left_to_themselves() -> None:
         torch.mm(x, x.T)
     assert flops.get_total_flops() == 24
     assert "mm" in seen.names
+
+
+def test_a_compiler_that_traces_is_not_seen() -> None:
+    net = nn.Linear(2, 2).to(CARD)
+    with Seen():
+        exported = torch.export.export(net, (torch.zeros(1, 2, device=CARD),)).module()
+    assert names_of(lambda: exported(torch.zeros(1, 2, device=CARD))).count("addmm") == 1
