@@ -207,8 +207,9 @@ def told() -> Iterator[Told]:
     found: Told = []
 
     def observer(
-        name: str, phase: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], bits: Mapping[str, int]
+        name: str, phase: str, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor], bits: Mapping[str, int]
     ) -> None:
+        inputs = {key: each for key, each in inputs.items() if isinstance(each, Tensor)}
         assert all(each.device.type == "mlu" for each in (*inputs.values(), *outputs.values()))
         shapes = ({key: tuple(each.shape) for key, each in tensors.items()} for tensors in (inputs, outputs))
         found.append((name, phase, *shapes, dict(bits)))
