@@ -141,7 +141,7 @@ class _Mode(TorchDispatchMode):
         if not all(map(_is_plain, types)):
             return NotImplemented  # a tensor class of its own says what it is made of
         if func is torch.ops.aten.convolution.default and torch._C._get_tracing_state() is not None:
-            return self._trace_convolution(*args, **kwargs)
+            return self._trace_convolution(*args)
         if not self.observers or not (_on_card(args) or _on_card(kwargs.values())):
             return func(*args, **kwargs)
         if func is torch.ops.aten.detach.default:  # computes nothing, and would come here again from within
@@ -169,8 +169,9 @@ class _Mode(TorchDispatchMode):
         return result
 
     def _trace_convolution(self, *args: Any) -> torch.Tensor:
-        """Lets ``torch.jit.trace`` see what a convolution calls, which is what it records: it sees nothing below here."""
-        tracer = torch._C.DispatchKeySet(torch._C._parse_dispatch_key("Tracer"))
+        """Lets ``torch.jit.trace`` see what a convolution calls, and records; below here it sees nothing."""
+        key: Any = torch._C._parse_dispatch_key("Tracer")
+        tracer = torch._C.DispatchKeySet(key)
         included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         flags = (
             *(torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()),
