@@ -8,6 +8,7 @@ pro.export_json("times.json")
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
@@ -131,10 +132,12 @@ class Averages:
         ]
         total = sum(row.device_time for row in self.rows)
         for row in self.rows:
-            host, device = (f"{seconds * 1e6:.1f}" for seconds in (row.host_time, row.device_time))
-            host_each, device_each = (f"{s * 1e6 / row.calls:.1f}" for s in (row.host_time, row.device_time))
-            share = f"{row.device_time / total:.1%}" if total else "–"
-            table.append((row.name, row.operands, f"{row.calls}", host, host_each, device, device_each, share))
+            host = [f"{row.host_time * 1e6:.1f}", f"{row.host_time * 1e6 / row.calls:.1f}"]
+            device = ["–"] * 3  # of copies
+            if row.device_time:
+                device = [f"{row.device_time * 1e6:.1f}", f"{row.device_time * 1e6 / row.calls:.1f}"]
+                device.append(f"{row.device_time / total:.1%}")
+            table.append((row.name, row.operands, f"{row.calls}", *host, *device))
         return f"{self.title}\n{format_table(table)}"
 
 
@@ -173,6 +176,7 @@ class profile(OperatorObserver):
             raise RuntimeError("a profile is entered once: make another with profiler.profile()")
         if product_listener.get() is not None:
             raise RuntimeError("another profile is running: leave its with block before this one")
+        importlib.import_module("torch._dynamo")  # else the first operator loads it, and seems to take a second
         if self._model is None:
             known = settings()
             self._model = CostModel(known.card, known.multiplies_in_float)
