@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 # Called as ``observer(name, phase, inputs, outputs, bits)``; see ``product_observers``.
-ProductObserver = Callable[[str, str, Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, int]], None]
+ProductObserver = Callable[[str, str, Mapping[str, Any], Mapping[str, Tensor], Mapping[str, int]], None]
 
 product_observers: ContextVar[tuple[ProductObserver, ...]] = ContextVar("product_observers", default=())
 """What is told of each product of tensors on the card, when it begins and when it ends.
 
 The name of a product is ``quantize_matmul``, ``quantize_convolution``, ``quantize_attention``, ``quantize_lstm``,
 ``quantize_gru`` or ``quantize_rnn``, with ``_backward`` behind it in the backward pass; the phase is "begins" or
-"ends". Inputs are tensors by name (``input``, ``weight``, ``bias``; ``grad_output``), outputs ``result``, and
-``grad_input``, ``grad_weight`` and so on; there are no outputs before the end. Bits are the widths of the operands
-``input``, ``weight`` and ``grad_output``, the widest where a function computes several products. Under a transform of
-``torch.func`` and in compiled graphs nobody is told.
+"ends". Inputs are by name (``input``, ``weight``, ``bias``, and the ``geometry`` of a convolution; ``grad_output``),
+outputs ``result``, and ``grad_input``, ``grad_weight`` and so on; there are no outputs before the end. Bits are the
+widths of the operands ``input``, ``weight`` and ``grad_output``, the widest where a function computes several products.
+Under a transform of ``torch.func`` and in compiled graphs nobody is told.
 """
 
 # The first operands of every product, as its observers know them.
@@ -186,7 +186,12 @@ def _teller(
     observers: tuple[ProductObserver, ...], name: str, described: _Described, names: list[str], args: Any
 ) -> Callable[[list[str], Any], None]:
     """Tells observers that a product begins; returns what tells them that it ends."""
-    inputs = _by_name(names, args)
+    # Switches and quantizers are no operands.
+    inputs = {
+        name: value
+        for name, value in zip(names, args, strict=False)
+        if value is None or (isinstance(value, (Tensor, tuple)) and value is not described)
+    }
     for observer in observers:
         observer(name, "begins", inputs, {}, described.bits)
 

@@ -27,8 +27,8 @@ def set_up_logs() -> None:
     ``MM_CPP_MIN_LOG_LEVEL`` is the same without DEBUG. A value that is neither warns, and the default holds. At DEBUG
     every operator that runs on the card on this thread is logged with its arguments.
 
-    Messages go to the standard error stream, unless the logger, or the root logger, has a handler that shows them. Calling
-    it again changes only what the environment says differently.
+    Messages go to the standard error stream, unless the logger has a handler of its own, or the root logger one that
+    prints them. Calling it again changes only what the environment says differently.
     """
     card = logging.getLogger(_CARD_LOG)
     if not card.handlers:
@@ -66,7 +66,7 @@ def _prints(handler: logging.Handler) -> bool:
     return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stderr, sys.stdout)
 
 
-class OperatorLog(OperatorObserver):
+class _OperatorLog(OperatorObserver):
     """Logs each operator, with what it is given, at DEBUG."""
 
     def begins(self, call: OperatorCall) -> None:
@@ -85,7 +85,7 @@ def _text(value: Any) -> str:
 
 
 class _Watching:
-    log: OperatorLog | None = None
+    log: _OperatorLog | None = None
 
 
 _watching = _Watching()
@@ -93,7 +93,7 @@ _watching = _Watching()
 
 def _watch(wanted: bool) -> None:
     if wanted and _watching.log is None:
-        _watching.log = OperatorLog()
+        _watching.log = _OperatorLog()
         _watching.log.__enter__()
         atexit.register(_watch, False)
     elif not wanted and _watching.log is not None:

@@ -143,8 +143,13 @@ class _Mode(TorchDispatchMode):
             return func(*args, **kwargs)
         full_name = func.name()
         arguments = _by_name(func._schema, args, kwargs)
-        # Only a call from the top makes a tensor of a number, and lets other modes below this one see it.
-        from_top = _has_number_for_tensor(func._schema, arguments) or bool(_get_current_dispatch_mode_stack())
+        # Only a call from the top makes a tensor of a number, and lets other modes below this one see it. What calls
+        # just its own out form is one operator too.
+        from_top = (
+            _has_number_for_tensor(func._schema, arguments)
+            or _calls_its_out_form(full_name)
+            or bool(_get_current_dispatch_mode_stack())
+        )
         if not from_top and _is_made_of_others(full_name):
             with self:
                 return func.redispatch(_CARD, *args, **kwargs)
@@ -162,13 +167,16 @@ class _Mode(TorchDispatchMode):
         self,
         name: str,
         phase: str,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, Any],
         outputs: Mapping[str, torch.Tensor],
         bits: Mapping[str, int],
     ) -> None:
         """Takes what cnmix's own products say: they are no operators of PyTorch's."""
         if phase == "begins":
-            self._products.append((name, self._begin(name, f"cnmix::{name}", dict(inputs), None, dict(bits))))
+            arguments = {key: value for key, value in inputs.items() if key != "geometry"}
+            if inputs.get("geometry") is not None:
+                arguments.update(inputs["geometry"]._asdict())
+            self._products.append((name, self._begin(name, f"cnmix::{name}", arguments, None, dict(bits))))
             return
         while self._products:
             begun, opened = self._products.pop()
@@ -240,6 +248,17 @@ def _by_name(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
 def _is_made_of_others(full_name: str) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return not has_kernel(full_name, "PrivateUse1") and any(has_kernel(full_name, key) for key in _COMPOSITE)
+
+
+def _calls_its_out_form(full_name: str) -> bool:
+    out = f"{full_name}_out" if "." in full_name else f"{full_name}.out"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return (
+        has_kernel(full_name, "CompositeExplicitAutograd")
+        and not has_kernel(full_name, "PrivateUse1")
+        and torch._C._dispatch_has_kernel(out)
+        and has_kernel(out, "PrivateUse1")
+    )
 
 
 def _has_number_for_tensor(schema: Any, arguments: Mapping[str, Any]) -> bool:

@@ -11,15 +11,67 @@ import cnmix.torch_mlu.core.mlu_model as ct
 from cnmix.torch_mlu.settings import settings
 
 # What existing scripts call, by the study of their sources.
-NAMES = """
-init is_initialized is_available set_device current_device device_count device_of device Device get_device_properties
-get_device_capability get_device_name synchronize current_stream default_stream current_queue default_queue Queue Stream Event
-empty_cache empty_cached_memory memory_allocated memory_reserved memory_cached max_memory_allocated max_memory_reserved
-max_memory_cached manual_seed manual_seed_all is_mlu_tensor mlu_device enable_floating_point_calculation is_using_floating_device
-get_running_mode get_device to set_memory_strategy memory_debug pin_memory is_pinned _jit_override_can_fuse_on_mlu set_cnml_enabled
-set_core_number set_core_version set_input_format set_quantized_bitwidth save_as_cambricon stream FloatTensor LongTensor HalfTensor
-ByteTensor DoubleTensor IntTensor ShortTensor CharTensor BoolTensor amp
-""".split()
+NAMES = [
+    "init",
+    "is_initialized",
+    "is_available",
+    "set_device",
+    "current_device",
+    "device_count",
+    "device_of",
+    "device",
+    "Device",
+    "get_device_properties",
+    "get_device_capability",
+    "get_device_name",
+    "synchronize",
+    "current_stream",
+    "default_stream",
+    "current_queue",
+    "default_queue",
+    "Queue",
+    "Stream",
+    "Event",
+    "empty_cache",
+    "empty_cached_memory",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_cached",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "max_memory_cached",
+    "manual_seed",
+    "manual_seed_all",
+    "is_mlu_tensor",
+    "mlu_device",
+    "enable_floating_point_calculation",
+    "is_using_floating_device",
+    "get_running_mode",
+    "get_device",
+    "to",
+    "set_memory_strategy",
+    "memory_debug",
+    "pin_memory",
+    "is_pinned",
+    "_jit_override_can_fuse_on_mlu",
+    "set_cnml_enabled",
+    "set_core_number",
+    "set_core_version",
+    "set_input_format",
+    "set_quantized_bitwidth",
+    "save_as_cambricon",
+    "stream",
+    "FloatTensor",
+    "LongTensor",
+    "HalfTensor",
+    "ByteTensor",
+    "DoubleTensor",
+    "IntTensor",
+    "ShortTensor",
+    "CharTensor",
+    "BoolTensor",
+    "amp",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +87,8 @@ def test_the_module_is_torch_mlu_and_documents_itself() -> None:
 
 class TestCards:
     def test_the_device_has_the_current_cards_number_once_a_tensor_is_there(self) -> None:
-        assert ct.mlu_device() == torch.device("mlu") and ct.mlu_device().index is None
+        assert ct.mlu_device() == torch.device("mlu")
+        assert ct.mlu_device().index is None
         assert torch.zeros(1, device=ct.mlu_device()).device == torch.device("mlu:0")
         ct.set_device(1)
         try:

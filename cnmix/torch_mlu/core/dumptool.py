@@ -67,24 +67,26 @@ class Dumper:
             raise TypeError(f"Dumper writes into a folder: dump_dir must be a path, not {dump_dir!r}")
         if level not in (0, 1, 2) or isinstance(level, bool):
             raise ValueError(
-                f"Dumper has no level {level!r}: take 0 (the first {_FIRST} values of a tensor), 1 (the sum of absolute "
-                "values) or 2 (all values)"
+                f"Dumper has no level {level!r}: take 0 (the first {_FIRST} values of a tensor), 1 (the sum of "
+                "absolute values) or 2 (all values)"
             )
+        self._writer: _Writer | None
         self._wanted = Path(os.fspath(dump_dir).rstrip("/") or "./dump")
         self._enable, self._use_cpu, self._level = bool(enable), bool(use_cpu), level
-        self._writer: _Writer | None = None
+        self._folder, self._writer = self._wanted, None
         if enable:
             _check_can_be_made(self._wanted)
 
     @property
     def dump_dir(self) -> str:
-        """The folder that is written, or that is wished for before the start."""
-        return str(self._wanted if self._writer is None else self._writer.folder)
+        """The folder that is written, or was last; before the start, the one that is wished for."""
+        return str(self._folder)
 
     def start(self) -> None:
         """Begins to dump. Nothing happens where the dumper is disabled, or has begun."""
         if self._enable and self._writer is None:
-            self._writer = _Writer(_new_folder(self._wanted), self._use_cpu, self._level)
+            self._folder = _new_folder(self._wanted)
+            self._writer = _Writer(self._folder, self._use_cpu, self._level)
             self._writer.__enter__()
 
     def end(self) -> None:
@@ -143,15 +145,14 @@ class _Writer(OperatorObserver):
 
     def __init__(self, folder: Path, use_cpu: bool, level: int) -> None:
         super().__init__()
-        self.folder = folder
-        self._use_cpu, self._level = use_cpu, level
+        self._folder, self._use_cpu, self._level = folder, use_cpu, level
 
     def begins(self, call: OperatorCall) -> None:
         folder = self._of(call)
         folder.mkdir(parents=True)
         kinds = _argument_kinds(call)
         for name, value in call.arguments.items():
-            self._write(folder / f"mlu_{name}", value, kinds.get(name, ""))
+            self._write(folder / f"mlu_{name}", value, kinds.get(name, "Array"))
         if self._use_cpu and not call.in_place and not call.out_form:
             # Before it runs: some operators write into arguments that their declarations do not name so.
             found, result = _on_host(call)
@@ -162,11 +163,11 @@ class _Writer(OperatorObserver):
         self._write(self._of(call) / "cnnl_result", result, _result_kind(call))
 
     def _of(self, call: OperatorCall) -> Path:
-        above = self.folder if call.parent is None else self._of(call.parent)
+        above = self._folder if call.parent is None else self._of(call.parent)
         return above / f"{call.number}_{call.name}"
 
     def _write(self, path: Path, value: Any, kind: str) -> None:
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             _write_value(file, value, kind, self._level)
 
 
@@ -185,11 +186,11 @@ class _CaseWriter(OperatorObserver):
         folder = self._folder / call.name
         folder.mkdir(exist_ok=True)
         kinds = _argument_kinds(call)
-        with (folder / f"{call.name}_{number}").open("w") as file:
+        with (folder / f"{call.name}_{number}").open("w", encoding="utf-8") as file:
             file.write(f"{call.full_name}\n")
             for name, value in call.arguments.items():
                 file.write(f"{name}\n")
-                _write_value(file, value, kinds.get(name, ""), self._level)
+                _write_value(file, value, kinds.get(name, "Array"), self._level)
 
 
 class _Cases:
@@ -249,7 +250,7 @@ def _write_value(file: TextIO, value: Any, kind: str, level: int) -> None:
     elif type(value) in _SCALARS:
         file.write(f"Scalar : Type = {_SCALARS[type(value)]}\n{_text(value)}\n")
     elif isinstance(value, (list, tuple)):
-        file.write(f"{kind or 'List'} : Size = {len(value)}\n")
+        file.write(f"{kind} : Size = {len(value)}\n")
         for each in value:
             if type(each) in _SCALARS:
                 file.write(f"{_text(each)}\n")
@@ -323,7 +324,10 @@ _HOST_FORMS = {
 def _on_host(call: OperatorCall) -> tuple[bool, Any]:
     """Returns whether an operator could be computed on the host, and its result."""
     with contextlib.suppress(Exception), _untouched_random_numbers():
-        arguments = {name: _host_copy(value) for name, value in call.arguments.items()}
+        arguments = dict(call.arguments)
+        for name, value in arguments.items():
+            # A view is of the memory around it too, and is not written.
+            arguments[name] = _host(value) if call.is_view and isinstance(value, torch.Tensor) else _host_copy(value)
         if call.operator is None:
             return _float_product(call.name, arguments)
         operator = _HOST_FORMS.get(call.full_name, call.operator)
@@ -338,9 +342,18 @@ def _on_host(call: OperatorCall) -> tuple[bool, Any]:
 
 
 def _float_product(name: str, arguments: Mapping[str, Any]) -> tuple[bool, Any]:
-    if name != "quantize_matmul" or "bias" not in arguments:
+    """Computes one of cnmix's products in float, where its operands say all of it: the forward ones of modules."""
+    if name not in ("quantize_matmul", "quantize_convolution") or "weight" not in arguments:
         return False, None
-    return True, torch.nn.functional.linear(arguments["input"], arguments["weight"], arguments["bias"])
+    x, weight = arguments["input"], arguments["weight"]
+    if name == "quantize_convolution":
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        geometry = {key: arguments[key] for key in names}
+        geometry["output_padding"] = geometry["output_padding"] or [0] * len(geometry["stride"])
+        return True, torch.ops.aten.convolution(x, weight, arguments["bias"], *geometry.values())
+    if "bias" not in arguments:  # two batches of matrices
+        return True, x @ weight
+    return True, torch.nn.functional.linear(x, weight.flatten(1), arguments["bias"])
 
 
 def _host(x: torch.Tensor) -> torch.Tensor:
