@@ -7,11 +7,12 @@ the operands, and is NaN throughout where one of them is not finite. Sums of int
 default mode, whose normwise error is below 1e-14; a batch of matrices has one position, and so has a convolution.
 
 The card's library calls these operators for products of tensors on such a card, forward and backward, with the host's
-tensors on the same bytes. Importing the module makes them known to torch.
+tensors on the same bytes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -206,6 +207,12 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     f"fixed_convolution_backward(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, bool needs_x, bool needs_weight)"
     " -> (Tensor, Tensor)": fixed_convolution_backward,
 }
-_library = torch.library.Library("cnmix", "FRAGMENT")  # kept: with it the operators would go
-for _schema, _function in _OPERATORS.items():
-    _library.impl(_library.define(_schema), _function, "CPU")
+
+
+@functools.cache
+def register_products() -> torch.library.Library:
+    """Makes the operators known to torch, once."""
+    library = torch.library.Library("cnmix", "FRAGMENT")  # kept: the operators would go with it
+    for schema, function in _OPERATORS.items():
+        library.impl(library.define(schema), function, "CPU")
+    return library

@@ -102,10 +102,12 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
 def _register(mlu_model: ModuleType) -> None:
     from .card import library
     from .collectives import register_cncl
+    from .fixed_products import register_products
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
     loaded.register(1)
+    register_products()
     torch._register_device_module("mlu", mlu_model)
     torch.utils.generate_methods_for_privateuse1_backend(
         for_tensor=True, for_module=True, for_packed_sequence=True, for_storage=True

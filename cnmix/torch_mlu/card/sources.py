@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("memory.cpp", "device.cpp", "fallback.cpp", "operators.cpp", "collectives.cpp", "autocast.cpp")
+_SOURCES = (
+    "memory.cpp",
+    "device.cpp",
+    "fallback.cpp",
+    "operators.cpp",
+    "products.cpp",
+    "networks.cpp",
+    "collectives.cpp",
+    "autocast.cpp",
+)
 _HEADERS = ("card.h",)
 
 
