@@ -255,6 +255,17 @@ def test_operators_after_one_that_raised_are_seen():
     assert [each.name for each in pro.operators] == ["aten::add"]
 
 
+def test_operators_after_a_product_that_raised_are_seen(quantized):
+    convolution = quantized[0]
+    with profiler.profile() as pro:
+        with pytest.raises(ValueError, match="smaller than the kernel"):
+            convolution(on_card(1, 4, 2, 2))
+        convolution(on_card(1, 4, 3, 3))
+        on_card(3) + 1
+    names = [each.name for each in pro.operators if each.name != "aten::normal_"]
+    assert names == ["cnmix::quantize_convolution", "aten::add"]
+
+
 def test_one_profile_at_a_time():
     with profiler.profile() as pro:
         with pytest.raises(RuntimeError, match="another profile is running"), profiler.profile():
