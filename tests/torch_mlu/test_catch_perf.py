@@ -12,7 +12,7 @@ from cnmix.nn import convert
 from cnmix.rules import Rule
 from cnmix.torch_mlu.cards import find_card
 from cnmix.torch_mlu.catch_perf import profiler
-from cnmix.torch_mlu.core import mlu_model
+from cnmix.torch_mlu.core import mlu_model, mlu_quantize
 from cnmix.torch_mlu.cost_model import LAUNCH, Product
 from cnmix.torch_mlu.settings import configure, settings
 
@@ -168,6 +168,24 @@ def test_mixed_widths_are_seen():
     assert {tuple(sorted(each[1:])) for each in backward.estimate.products} == {("int16", "int8")}
     rate = find_card("MLU270").rate("int16", "int16")
     assert backward.estimate.compute == pytest.approx(2 * 3 * 6 * 4 / rate)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_modules_quantized_for_inference_have_the_width_of_their_scales(bits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    measured = mlu_quantize.quantize_dynamic_mlu(net, {"iteration": 1}, dtype=f"int{bits}", gen_quant=True)
+    measured(images)
+    ready = mlu_quantize.quantize_dynamic_mlu(net)
+    ready.load_state_dict(measured.state_dict())
+    ready.to("mlu")
+    images = images.to("mlu")
+    with profiler.profile("MLU220") as pro, torch.no_grad():
+        ready(images)
+    kind = f"int{bits}"
+    found = [each.estimate.products for each in pro.operators if each.operands]
+    assert found == [(Product(2 * 8 * 36 * 27, kind, kind),), (Product(2 * 288 * 4, kind, kind),)]
 
 
 @pytest.mark.parametrize("module", [nn.LSTM(4, 5), nn.GRUCell(4, 5), nn.MultiheadAttention(4, 2)])

@@ -208,9 +208,11 @@ class profile(OperatorObserver):
             return
         took = time.perf_counter() - self._started
         assert self._model is not None  # set on entering
-        if call.operator is None:
+        estimate: Estimate | None
+        # What PyTorch's own operators multiply does not depend on how this host emulates it.
+        if self._products and not call.full_name.startswith("aten::"):
             traffic = count_traffic(call.arguments, result) + self._integers
-            estimate: Estimate | None = self._model.products(self._products, traffic)
+            estimate = self._model.products(self._products, traffic)
         else:
             estimate = self._model.operator(call.full_name, call.arguments, result)
         if estimate is not NOTHING:
