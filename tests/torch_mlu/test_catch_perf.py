@@ -106,11 +106,24 @@ def test_the_estimate_is_of_the_emulated_card_and_its_mode(emulated, in_float, o
     assert pro.operators[0].operands == f"{operands} × {operands}"
 
 
+@pytest.mark.parametrize("bits", [8, 16, 31])
+def test_a_width_that_the_script_sets_for_float_products_counts(bits):
+    mlu_model.set_quantized_bitwidth(bits)
+    with profiler.profile("MLU270") as pro:
+        on_card(4, 4) @ on_card(4, 4)
+        on_card(4, 4).half() @ on_card(4, 4).half()
+    halves = min(bits, 16)
+    assert [each.operands for each in named(pro, "aten::mm")] == [
+        f"int{bits} × int{bits}",
+        f"int{halves} × int{halves}",
+    ]
+
+
 @pytest.fixture(autouse=True)
 def float_products_as_before():
     before = settings()
     yield
-    configure(floating=before.floating)
+    configure(floating=before.floating, product_bits=before.product_bits)
 
 
 def test_another_card_can_be_estimated_than_the_emulated_one():

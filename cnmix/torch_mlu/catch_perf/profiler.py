@@ -161,7 +161,8 @@ class profile(OperatorObserver):
 
     def __init__(self, card: str | None = None) -> None:
         super().__init__()
-        self._model = None if card is None else CostModel.of(find_card(card))
+        self._card = None if card is None else find_card(card)
+        self._model: CostModel | None = None
         self.operators: list[Operator] = []
         self._token: Token[ProductListener | None] | None = None
         self._entered: float | None = None
@@ -177,9 +178,9 @@ class profile(OperatorObserver):
         if product_listener.get() is not None:
             raise RuntimeError("another profile is running: leave its with block before this one")
         importlib.import_module("torch._dynamo")  # else the first operator loads it, and seems to take a second
-        if self._model is None:
-            known = settings()
-            self._model = CostModel(known.card, known.multiplies_in_float)
+        known = settings()
+        floating = known.multiplies_in_float if self._card is None else self._card.floating
+        self._model = CostModel(self._card or known.card, floating, known.product_bits)
         super().__enter__()
         self._token = product_listener.set(self._hear)
         self._entered = time.perf_counter()
@@ -227,7 +228,7 @@ class profile(OperatorObserver):
     @property
     def card(self) -> str:
         """Name of the card whose time is estimated."""
-        return (self._model.card if self._model else settings().card).name
+        return (self._model.card if self._model else self._card or settings().card).name
 
     @property
     def e2e_time(self) -> float:
