@@ -130,7 +130,7 @@ class _Mode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.observers: list[OperatorObserver] = []
-        self._products: list[tuple[str, list[tuple[OperatorObserver, OperatorCall]]]] = []
+        self._products: list[list[tuple[OperatorObserver, OperatorCall]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -194,14 +194,11 @@ class _Mode(TorchDispatchMode):
             arguments = {key: value for key, value in inputs.items() if key != "geometry"}
             if inputs.get("geometry") is not None:
                 arguments.update(inputs["geometry"]._asdict())
-            self._products.append((name, self._begin(name, f"cnmix::{name}", arguments, None, dict(bits))))
-            return
-        while self._products:
-            begun, opened = self._products.pop()
-            if begun == name:
-                self._end(opened, _result_of(outputs))
-                return
-            self._close(opened)  # it raised
+            self._products.append(self._begin(name, f"cnmix::{name}", arguments, None, dict(bits)))
+        elif self._products and phase == "ends":
+            self._end(self._products.pop(), _result_of(outputs))
+        elif self._products:
+            self._close(self._products.pop())
 
     def _begin(self, *what: Any) -> list[tuple[OperatorObserver, OperatorCall]]:
         with _unseen():
