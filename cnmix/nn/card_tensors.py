@@ -11,7 +11,7 @@ module does not import.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -60,8 +60,8 @@ def apply_on_host(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Applies a function that multiplies in fixed point, wherever its tensors are.
 
     Args:
-        function: takes two tensors first, and among the others what says what it computes: a ``product``, its ``fqn``,
-            and ``bits`` by operand.
+        function: takes two tensors first, and as ``quantizers``, ``attention`` or ``layer`` what says what it computes:
+            a ``product``, its ``fqn``, and ``bits`` by operand.
         *args: its arguments.
 
     Returns:
@@ -72,7 +72,6 @@ def apply_on_host(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if args[0].is_cpu and args[1].is_cpu:
         return function.apply(*args)
-    check_one_device(_described(args).fqn, *args)
     return _card_form(function).apply(*args)
 
 
@@ -106,7 +105,7 @@ def widest(*bits: Mapping[str, int]) -> dict[str, int]:
 
 
 def _described(args: tuple[Any, ...]) -> _Described:
-    return next(each for each in args if hasattr(each, "bits"))
+    return next(each for each in args if not isinstance(each, Tensor) and hasattr(each, "bits"))
 
 
 def to_host(x: Any) -> Any:
@@ -114,9 +113,9 @@ def to_host(x: Any) -> Any:
     return torch.ops.cnmix_card.host.default(x) if isinstance(x, Tensor) and not x.is_cpu else x
 
 
-def to_card(x: Any, card: int) -> Any:
-    """Returns a host tensor as one of the card, differentiably; other values as they are."""
-    return torch.ops.cnmix_card.card.default(x, card) if isinstance(x, Tensor) and x.is_cpu else x
+def to_device_of(x: Tensor, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns host tensors as tensors of the card that ``x`` is on, if it is on one."""
+    return tuple(results) if x.is_cpu else _on_card(tuple(results), x.get_device())
 
 
 def host_by_default() -> AbstractContextManager[Any]:
@@ -124,12 +123,24 @@ def host_by_default() -> AbstractContextManager[Any]:
     return nullcontext() if torch._C._len_torch_function_stack() == 0 else torch.device("cpu")
 
 
-def _argument(x: Any) -> Any:
-    """Returns the host view of an argument, by which ``known_as`` finds it again."""
-    view = to_host(x)
-    if view is not x:
-        view._cnmix_on_card = x
-    return view
+def _host_views(args: tuple[Any, ...]) -> list[Any]:
+    """Returns arguments with the host views of tensors in their place, by which ``known_as`` finds them again.
+
+    Raises:
+        RuntimeError: if tensors are on several devices.
+    """
+    card, host = args[0].get_device(), torch.ops.cnmix_card.host.default
+    views = []
+    for each in args:
+        if isinstance(each, Tensor):
+            if each.get_device() != card:
+                check_one_device(_described(args).fqn, *args)
+            view = host(each)
+            view._cnmix_on_card = each
+            views.append(view)
+        else:
+            views.append(each)
+    return views
 
 
 @functools.cache
@@ -138,32 +149,33 @@ def _card_form(function: Any) -> Any:
     inner_forward, inner_backward = function.forward, function.backward
     contextless = function.setup_context is not torch.autograd.Function.setup_context
     code = inner_forward.__code__
-    names = [_NAMES.get(name, name) for name in code.co_varnames[not contextless : code.co_argcount]]
+    parameters = code.co_varnames[not contextless : code.co_argcount]
+    names = [_NAMES.get(name, name) for name in parameters]
+    describing = next(i for i, name in enumerate(parameters) if name in ("quantizers", "attention", "layer"))
 
     def forward(ctx: Any, *args: Any) -> Any:
-        observers, card = product_observers.get(), args[0].device.index
-        ctx.card = card
-        ctx.described = described = _described(args)
-        tell = _teller(observers, f"quantize_{described.product}", described, names, args) if observers else None
-        results = _on_card(_computed(tell, inner_forward, ctx, *map(_argument, args)), card)
+        views, observers = _host_views(args), product_observers.get()
+        ctx.card, ctx.described = args[0].get_device(), args[describing]
+        tell = (
+            _teller(observers, f"quantize_{ctx.described.product}", ctx.described, names, args) if observers else None
+        )
+        results = _on_card(_computed(tell, inner_forward, ctx, *views), ctx.card)
         if tell is not None:
             tell("ends", _result_names(results), results)
         return results
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        observers, described = product_observers.get(), ctx.described
-        name = f"quantize_{described.product}_backward"
-        given = ["grad_output", *(f"grad_output{i}" for i in range(1, len(gradients)))]
-        tell = _teller(observers, name, described, given, gradients) if observers else None
+        observers, tell = product_observers.get(), None
+        if observers:
+            given = ["grad_output", *(f"grad_output{i}" for i in range(1, len(gradients)))]
+            tell = _teller(observers, f"quantize_{ctx.described.product}_backward", ctx.described, given, gradients)
         found = _on_card(_computed(tell, inner_backward, ctx, *map(to_host, gradients)), ctx.card)
         if tell is not None:
             tell("ends", [f"grad_{name}" for name in names], found)
         return found
 
     def contextless_forward(*args: Any) -> Any:
-        with host_by_default():
-            results = inner_forward(*map(_argument, args))
-        return _on_card(results, args[0].device.index)
+        return _on_card(_computed(None, inner_forward, *_host_views(args)), args[0].get_device())
 
     # The other form's backward pass is a function that comes by ``apply_on_host`` itself.
     methods = {"forward": contextless_forward} if contextless else {"forward": forward, "backward": backward}
@@ -172,6 +184,8 @@ def _card_form(function: Any) -> Any:
 
 def _computed(tell: _Teller | None, function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function of the host's tensors, and tells where it raises."""
+    if tell is None and torch._C._len_torch_function_stack() == 0:
+        return function(*args)
     try:
         with host_by_default():
             return function(*args)
@@ -182,8 +196,9 @@ def _computed(tell: _Teller | None, function: Callable[..., Any], *args: Any) ->
 
 
 def _on_card(results: Any, card: int) -> Any:
+    to_card = torch.ops.cnmix_card.card.default
     if isinstance(results, tuple):
-        return tuple(to_card(each, card) for each in results)
+        return tuple([to_card(each, card) if isinstance(each, Tensor) else each for each in results])
     return to_card(results, card)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..fixed_point import FixedPoint, storage_dtype
+from .card_tensors import to_device_of, to_host
 from .handles import find_quantizers
 from .products import ConvolutionGeometry, Saved, backward_products, forward_product
 from .quantizers import ModuleQuantizers
@@ -77,7 +78,8 @@ def product(
         The output; the integers of input and weight; and as int64 numbers their widths and positions, whether they are
         finite, and the number under which integers of other widths wait.
     """
-    quantizers = find_quantizers(int(handle))
+    quantizers, given = find_quantizers(int(handle)), x
+    x, weight, bias = to_host(x), to_host(weight), to_host(bias)
     y, qx, qw, _ = forward_product(x, weight, bias, quantizers, training, _geometry(geometry))
     empty_x, empty_weight = _integers(x, weight, geometry, x_bits, weight_bits, keep)
     waiting = 0
@@ -87,11 +89,11 @@ def product(
         [qx.bits, qx.position, qx.finite, qw.bits, qw.position, qw.finite, waiting], dtype=torch.int64
     )
     if not keep:
-        return y, empty_x, empty_weight, numbers
+        return to_device_of(given, (y, empty_x, empty_weight, numbers))  # type: ignore[return-value]
     x_values = qx.values if qx.bits == x_bits else empty_x.zero_()
     # The quantizers keep the weight's integers for the next call; the graph may write over what it gets.
     weight_values = empty_weight.copy_(qw.values) if qw.bits == weight_bits else empty_weight.zero_()
-    return y, x_values, weight_values, numbers
+    return to_device_of(given, (y, x_values, weight_values, numbers))  # type: ignore[return-value]
 
 
 @product.register_fake
@@ -134,7 +136,8 @@ def product_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes grad_output and returns the gradients of input, weight and bias, float32; empty where not needed."""
-    quantizers = find_quantizers(int(handle))
+    quantizers, given = find_quantizers(int(handle)), grad_output
+    grad_output, x_values, weight_values = map(to_host, (grad_output, x_values, weight_values))
     x_bits, x_position, x_finite, weight_bits, weight_position, weight_finite, waiting = numbers.tolist()
     if waiting:
         x_values, weight_values = quantizers.waiting.take(waiting, quantizers.fqn)
@@ -148,7 +151,8 @@ def product_backward(
         for gradient in gradients
     )
     # An operator's result must not be its argument.
-    return grad_x, grad_weight, grad_bias.clone() if grad_bias is grad_output else grad_bias
+    grad_bias = grad_bias.clone() if grad_bias is grad_output else grad_bias
+    return to_device_of(given, (grad_x, grad_weight, grad_bias))  # type: ignore[return-value]
 
 
 @product_backward.register_fake
