@@ -73,5 +73,5 @@ def set_floating(floating: bool | None) -> None:
 
 def _apply(changed: Settings) -> Settings:
     _current.settings = changed
-    library().set(changed.cards, changed.strict, not changed.multiplies_in_float)
+    library().set(changed.cards, changed.strict, not changed.multiplies_in_float, changed.card.memory)
     return changed

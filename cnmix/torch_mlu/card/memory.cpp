@@ -32,10 +32,28 @@ void release(void* context) {
   delete adopted;
 }
 
+// Takes the bytes back, and raises, where the settings are strict.
+void exceeded(int card, int64_t bytes, int64_t limit) {
+  constexpr double mib = 1 << 20;
+  if (!settings().strict) {
+    warn_once(
+        "the tensors of mlu:" + std::to_string(card) + " take more than the card's " +
+        std::to_string(limit >> 20) + " MiB: a card would be out of memory");
+    return;
+  }
+  const int64_t before = memory(card).allocated -= bytes;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, false, "mlu:", card, " is out of memory: tried to allocate ", bytes / mib, " MiB beside the ",
+      before / mib, " MiB of its tensors, and the card has ", limit / mib, " MiB");
+}
+
 c10::DataPtr adopt(c10::Storage host, int card) {
   const auto bytes = static_cast<int64_t>(host.nbytes());
   auto& counts = memory(card);
   const int64_t now = counts.allocated += bytes;
+  if (const int64_t limit = settings().memory; limit > 0 && now > limit) {
+    exceeded(card, bytes, limit);
+  }
   int64_t peak = counts.peak;
   while (now > peak && !counts.peak.compare_exchange_weak(peak, now)) {
   }
@@ -106,7 +124,8 @@ at::Tensor host_view(const at::Tensor& x) {
   auto view = c10::make_intrusive<c10::TensorImpl>(
       c10::Storage(host_storage(impl->storage())), c10::DispatchKeySet(c10::DispatchKey::CPU), impl->dtype());
   copy_geometry(impl, view.get());
-  if (!impl->is_inference()) {
+  view->set_allow_tensor_metadata_change(impl->allow_tensor_metadata_change());
+  if (!impl->is_inference() && !view->is_inference()) {
     view->set_version_counter(impl->version_counter());
   }
   return at::Tensor(std::move(view));
@@ -114,6 +133,9 @@ at::Tensor host_view(const at::Tensor& x) {
 
 at::Tensor card_view(const at::Tensor& host, c10::Storage storage) {
   const auto* impl = host.unsafeGetTensorImpl();
+  if (settings().strict && (host.scalar_type() == c10::kDouble || host.scalar_type() == c10::kComplexDouble)) {
+    warn_once("a tensor of float64 is on a card, which has no such arithmetic (the emulated one has): use float32");
+  }
   auto view = c10::make_intrusive<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), impl->dtype());
   copy_geometry(impl, view.get());

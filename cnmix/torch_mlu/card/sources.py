@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("memory.cpp", "device.cpp", "fallback.cpp", "operators.cpp")
+_SOURCES = ("memory.cpp", "device.cpp", "fallback.cpp", "operators.cpp", "strict.cpp")
 _HEADERS = ("card.h",)
 
 
