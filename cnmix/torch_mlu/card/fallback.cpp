@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
@@ -107,7 +108,7 @@ void to_host(Call& call, IValue& value, const c10::Argument& argument) {
   } else if (value.isStorage()) {
     TORCH_CHECK(
         value.toStorage().device().type() == kCard || call.card < 0, call.op.schema().name(),
-        " cannot give a tensor of mlu:", call.card, " a storage of the host: bring it there with .to('mlu')");
+        " cannot share memory between the host and mlu:", call.card, ": copy with .to() or copy_()");
     if (value.toStorage().device().type() == kCard) {
       call.storages.push_back(value.toStorage());
       value = IValue(c10::Storage(host_storage(call.storages.back())));
@@ -130,7 +131,7 @@ c10::Storage storage_on_card(const Call& call, const c10::Storage& host, int car
     }
   }
   for (const auto& pair : call.pairs) {
-    if (is_on_card(pair.given) && pair.host.storage().unsafeGetStorageImpl() == impl) {
+    if (is_on_card(pair.given) && host_storage(pair.given.storage()).unsafeGetStorageImpl() == impl) {
       return pair.given.storage();
     }
   }
@@ -180,6 +181,9 @@ bool stays_on_host(const c10::OperatorHandle& op, size_t result) {
 void refuse_or_warn(const Call& call) {
   const auto card = "mlu:" + std::to_string(call.card < 0 ? current_card() : call.card);
   if (call.host_argument != nullptr) {
+    TORCH_CHECK(
+        call.op.schema().name() != "aten::set_", "aten::set_ cannot share memory between the host and ", card,
+        ": copy with .to() or copy_()");
     refuse(
         call.op.schema().name() + " got its argument " + call.host_argument->name() + " from the host and others from " +
         card + ": a card refuses that; bring it there with .to('" + card + "')");
@@ -240,14 +244,32 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   run_on_host(op, stack);
 }
 
-}  // namespace
-
 // Kernels for lists call an operator for each tensor: on the host there is no crossing for each. Copies may have lists of
-// the host and of several cards, and cross by themselves. The rest ask for the host by name.
+// the host and of several cards, and cross by themselves. The others ask for the host, or whether two references are one.
 bool runs_on_host_though_composite(const std::string& name, const std::string& full) {
   return (name.rfind("aten::_foreach_", 0) == 0 && name.rfind("aten::_foreach_copy", 0) != 0) ||
-      full == "aten::mode.values";
+      full == "aten::mode.values" || full == "aten::addr_" || full == "aten::conj_physical_";
 }
+
+// Whether ``tensor.data = other`` can be: as between a host and a device that PyTorch knows, so that a module keeps its
+// parameters when it moves.
+bool is_of_one_kind(const at::Tensor& x, const at::Tensor& y) {
+  const auto is_dense = [](const at::Tensor& each) {
+    return !each.is_nested() && each.layout() == c10::kStrided && !each.is_quantized() && !each.is_meta();
+  };
+  return is_dense(x) && is_dense(y);
+}
+
+// The host's has no memory, and a mark for it that the fallback would lose.
+at::Tensor efficient_zeros(
+    at::IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+    std::optional<c10::Device> device, std::optional<bool>) {
+  const int card = device.has_value() && device->index() >= 0 ? device->index() : current_card();
+  check_card(card);
+  return to_card(at::zeros(size, at::TensorOptions().device(c10::kCPU).dtype(dtype)), card);
+}
+
+}  // namespace
 
 // Operators with a kernel of the host's get this one by name: PyTorch would else take a composite one, which allocates
 // the result and calls the operator's out form, and both cost.
@@ -272,6 +294,8 @@ void register_operators(const std::unordered_set<std::string>& own) {
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   // Views read no memory: PyTorch's kernels make them on any device.
+  library.impl("_has_compatible_shallow_copy_type", TORCH_FN(cnmix::card::is_of_one_kind));
+  library.impl("_efficientzerotensor", TORCH_FN(cnmix::card::efficient_zeros));
   library.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   library.impl("view", TORCH_FN(at::native::view));
   library.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));

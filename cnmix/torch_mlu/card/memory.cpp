@@ -5,6 +5,8 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 
+#include <mutex>
+
 namespace cnmix::card {
 
 Settings& settings() {
@@ -63,6 +65,24 @@ c10::DataPtr adopt(c10::Storage host, int card) {
   return {data, adopted, &release, c10::Device(kCard, static_cast<c10::DeviceIndex>(card))};
 }
 
+// Memory that PyTorch calls the card's though it is not from here: writing a storage to a file makes a tensor of a bare
+// address. The host has the bytes, and nothing is counted.
+void take_over(c10::StorageImpl* storage) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (storage->data_ptr().get_deleter() == &release) {
+    return;  // another thread was first
+  }
+  const auto device = storage->device();
+  auto* owner = new c10::DataPtr(storage->set_data_ptr(c10::DataPtr(nullptr, device)));
+  void* data = owner->get();
+  auto host = c10::Storage(
+      c10::Storage::use_byte_size_t(), storage->nbytes(),
+      c10::DataPtr(data, owner, [](void* it) { delete static_cast<c10::DataPtr*>(it); }, c10::Device(c10::kCPU)),
+      c10::GetCPUAllocator(), true);
+  storage->set_data_ptr_noswap({data, new Adopted{std::move(host), 0, device.index()}, &release, device});
+}
+
 c10::Storage new_host_storage(size_t bytes) {
   auto* allocator = c10::GetCPUAllocator();
   return {c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true};
@@ -102,7 +122,9 @@ c10::Allocator* allocator() {
 
 const c10::Storage& host_storage(const c10::Storage& card) {
   const auto& data = card.data_ptr();
-  TORCH_CHECK(data.get_deleter() == &release, "this storage is on no card of this process");
+  if (data.get_deleter() != &release) {
+    take_over(card.unsafeGetStorageImpl());
+  }
   return static_cast<Adopted*>(data.get_context())->host;
 }
 
