@@ -80,6 +80,11 @@ def _convolution_backward(shapes: Shapes, arguments: Sequence[Any]) -> int:
     return math.prod(image) * math.prod(_shape(shapes, 2)[1:]) * sum(needs[:2])
 
 
+def _convolution_backward_overrideable(shapes: Shapes, arguments: Sequence[Any]) -> int:
+    """Counts a device's own kernel, which is not told the size of the bias."""
+    return _convolution_backward([*shapes[:3], (), *shapes[3:]], [*arguments[:3], None, *arguments[3:]])
+
+
 def _attention(shapes: Shapes, _: Sequence[Any]) -> int:
     scores, values = _attention_products(shapes, 0)
     return scores + values
@@ -123,11 +128,13 @@ _FORMULAS: dict[str, _Formula] = {
     **dict.fromkeys(("linear", "mkldnn_linear"), _linear),
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), _convolution),
     "convolution_backward": _convolution_backward,
+    "convolution_backward_overrideable": _convolution_backward_overrideable,
     "mkldnn_rnn_layer": _recurrent_layer,
     "mkldnn_rnn_layer_backward": lambda shapes, arguments: 2 * _recurrent_layer(shapes, arguments),
     "_native_multi_head_attention": _native_attention,
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }
-for _kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+_DEVICES = ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
+for _kind in ("flash_attention_for_cpu", *_DEVICES):
     _FORMULAS[f"_scaled_dot_product_{_kind}"] = _attention
     _FORMULAS[f"_scaled_dot_product_{_kind}_backward"] = _attention_backward

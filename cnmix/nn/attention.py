@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..entries import quantize_entries
 from .batched import multiply_integers, save_operands, saved_operands, transposed
+from .card_tensors import apply_on_host, widest
 from .function_calls import Call, are_broadcast, is_broadcast_to, is_multiplied
 from .quantizers import ModuleQuantizers
 
@@ -50,6 +51,21 @@ class Attention(NamedTuple):
     scale: float
     causal: bool
     dropout: float
+
+    @property
+    def product(self) -> str:
+        """What this is."""
+        return "attention"
+
+    @property
+    def fqn(self) -> str:
+        """Fully qualified name of the module, and the place."""
+        return self.scores.fqn
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """The widest of its products by operand."""
+        return widest(self.scores.bits, self.values.bits)
 
 
 def scaled_dot_product_attention(
@@ -124,7 +140,7 @@ def attend(
     Returns:
         (*batch, heads, L, V), of the dtype of ``query``; and the probabilities, after dropout, (*batch, heads, L, S).
     """
-    y, shown = _Attention.apply(query, key, value, mask, attention, shows)
+    y, shown = apply_on_host(_Attention, query, key, value, mask, attention, shows)
     return y, shown
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Product
+from .card_tensors import check_one_device, is_on_card
 from .places import module_name
 from .quantizers import ModuleQuantizers
 from .recomputation import reentrant_part
@@ -56,15 +57,21 @@ def check_input(x: Tensor, module: nn.Module, name: str, fqn: str) -> Tensor:
 
     Raises:
         TypeError: if it is no float tensor.
-        RuntimeError: if it is not on the CPU, or it or the weight is split by tensor parallelism.
+        RuntimeError: if it is neither on the CPU nor on the emulated card, or elsewhere than the weight, or one of them
+            is split by tensor parallelism.
     """
     weight = module._parameters.get(name)  # not the attribute: a parametrization would compute it once more
     if not torch.compiler.is_compiling() and (is_distributed(x) or (weight is not None and is_distributed(weight))):
         raise RuntimeError(f"{fqn!r} {NO_TENSOR_PARALLELISM}")
     if not x.is_floating_point():
         raise TypeError(f"{fqn!r} takes a float tensor, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise RuntimeError(f"{fqn!r} got a tensor on {x.device}: this version of cnmix computes on the CPU")
+    if not x.is_cpu and not is_on_card(x):
+        raise RuntimeError(
+            f"{fqn!r} got a tensor on {x.device}: this version of cnmix computes on the CPU, and on the emulated card "
+            "that cnmix.torch_mlu brings"
+        )
+    if weight is not None and weight.is_cpu != x.is_cpu:
+        check_one_device(fqn, x, weight)
     if torch.compiler.is_compiling() or type(x).__module__ != "torch.distributed._functional_collectives":
         return x
     return x.clone()  # a tensor-parallel neighbour's collective is under way: any operation but a view waits for it

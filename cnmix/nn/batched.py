@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from ..entries import quantize_entries
 from ..fixed_point import FixedPoint, FixedPointBatch
+from .card_tensors import apply_on_host
 from .quantizers import ModuleQuantizers
 from .recomputation import saved_tensor_hooks
 
@@ -30,7 +31,7 @@ def multiply_batches(a: Tensor, b: Tensor, quantizers: ModuleQuantizers, trainin
     Returns:
         (*batch, M, N), in the dtype that torch promotes those of ``a`` and ``b`` to.
     """
-    return _BatchedProduct.apply(a, b, quantizers, training)
+    return apply_on_host(_BatchedProduct, a, b, quantizers, training)
 
 
 class _BatchedProduct(torch.autograd.Function):

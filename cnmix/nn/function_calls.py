@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import OperandConfigs, Product
 from .base import moves_statistics
 from .batched import multiply_batches
+from .card_tensors import check_one_device, is_on_card
 from .functional import multiply
 from .places import FUNCTIONS, attach, product_name
 from .products import ConvolutionGeometry
@@ -129,11 +130,11 @@ def kind_of(place: str) -> Product:
 
 
 def is_multiplied(*operands: Any) -> bool:
-    """Whether the core multiplies these: plain dense tensors of a float type up to 32 bits, on the CPU, none empty."""
+    """Whether the core multiplies these: plain dense tensors of a float type up to 32 bits, none empty."""
     return all(
         type(each) in _PLAIN
         and each.dtype in _DTYPES
-        and each.device.type == "cpu"
+        and (each.is_cpu or is_on_card(each))
         and each.layout is torch.strided
         and not each.is_nested
         and each.numel() > 0
@@ -180,7 +181,12 @@ class Call:
 
         Returns:
             Them, and whether their statistics move; None where the product stays float.
+
+        Raises:
+            RuntimeError: if the operands are on several devices.
         """
+        if any(each.is_cpu != operands[0].is_cpu for each in operands):
+            check_one_device(self.products.fqn, *operands)
         place, parameter = self.place, ""
         if not part:
             names = (self.products.name_of(self.module, each) for each in reversed(operands))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..fixed_point import FixedPoint
+from .card_tensors import apply_on_host
 from .operators import traced_product
 from .products import ConvolutionGeometry, backward_products, forward_product
 from .quantizers import ModuleQuantizers
@@ -79,8 +80,8 @@ class _TransformedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[:3]
-        gradients = _TransformedGradients.apply(
-            grad_output, *ctx.saved_tensors, ctx.rest, needs, ctx.dtypes, ctx.quantizers
+        gradients = apply_on_host(
+            _TransformedGradients, grad_output, *ctx.saved_tensors, ctx.rest, needs, ctx.dtypes, ctx.quantizers
         )
         return *gradients, None, None, None
 
@@ -159,5 +160,5 @@ def multiply(
     if torch.compiler.is_compiling():
         return traced_product(x, weight, bias, quantizers, training, geometry)
     if torch._C._are_functorch_transforms_active():
-        return _TransformedProduct.apply(x, weight, bias, quantizers, training, geometry)[0]
-    return _Product.apply(x, weight, bias, quantizers, training, geometry)
+        return apply_on_host(_TransformedProduct, x, weight, bias, quantizers, training, geometry)[0]
+    return apply_on_host(_Product, x, weight, bias, quantizers, training, geometry)

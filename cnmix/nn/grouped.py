@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..fixed_point import FixedPoint
 from .batched import multiply_integers, save_operands, saved_operands, transposed
+from .card_tensors import apply_on_host
 from .function_calls import Call, is_multiplied, is_parameter
 from .quantizers import ModuleQuantizers
 
@@ -35,7 +36,7 @@ def grouped_mm(
         return NotImplemented
     quantizers, training = found
     quantizers.keeps_weight = is_parameter(mat2)
-    return _GroupedProduct.apply(input, mat2, offs.tolist(), quantizers, training)
+    return apply_on_host(_GroupedProduct, input, mat2, offs.tolist(), quantizers, training)
 
 
 class _GroupedProduct(torch.autograd.Function):

@@ -53,7 +53,7 @@ def register(quantizers: ModuleQuantizers) -> Tensor:
     """Returns a new handle for these quantizers."""
     handle = next(_handles)
     _by_handle[handle] = quantizers
-    return torch.tensor(handle)
+    return torch.tensor(handle, device="cpu")
 
 
 def find_quantizers(handle: int) -> ModuleQuantizers:

@@ -16,6 +16,7 @@ from ..config import OPERANDS, OperandConfigs, Product, QuantizeConfig
 from ..entries import quantize_entries, repeat_entries
 from ..fixed_point import FixedPoint, FixedPointBatch
 from ..sequence import SequenceQuantizer
+from .card_tensors import known_as, to_host
 from .handles import WaitingIntegers, register
 from .module_state import check_module_state, check_trained
 from .ranks import Ranks
@@ -131,6 +132,11 @@ class ModuleQuantizers:
             ValueError: as ``QuantizeConfig.replace`` does.
         """
         self.configs = {name: config.replace(**changes) for name, config in self.configs.items()}
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Present width by operand."""
+        return {name: quantizer.state.bits for name, quantizer in self}
 
     @property
     def frozen(self) -> bool:
@@ -299,11 +305,12 @@ class ModuleQuantizers:
         rounding = quantizer.rounding(training)
         # Every module draws its own random numbers. A tensor that no operation computed may be a buffer that is filled
         # anew behind the back of its version counter, by NumPy for one.
-        if rounding == "stochastic" or x.grad_fn is None:
+        whole = known_as(x)  # of the card, where x is its host view
+        if rounding == "stochastic" or whole.grad_fn is None:
             return quantizer(x, training)
         place = (x._version, x.data_ptr(), self.product, rounding)
         if not (training and quantizer.due):
-            known = self._latest_input.find(x, (*place, quantizer.state.bits, quantizer.state.position))
+            known = self._latest_input.find(whole, (*place, quantizer.state.bits, quantizer.state.position))
             if known is not None:
                 quantizer.count(x, known, training)
                 return known
@@ -311,7 +318,7 @@ class ModuleQuantizers:
         if self.product == "convolution":
             integers = kernels.to_channels_last(integers)  # once, for every product with it
         if integers.finite:
-            self._latest_input.keep(x, (*place, integers.bits, integers.position), integers)
+            self._latest_input.keep(whole, (*place, integers.bits, integers.position), integers)
         return integers
 
     def check_trained(self) -> None:
@@ -330,7 +337,7 @@ class ModuleQuantizers:
                 f"the weight of {self.fqn!r} is shared out among processes: prepare a plain model from a checkpoint, "
                 "with cnmix.inference.prepare"
             )
-        self._weight_integers = self._weight_layout(self.weight(weight, training=False))
+        self._weight_integers = self._weight_layout(self.weight(to_host(weight.detach()), training=False))
         self._frozen = True
 
     def freeze_at_next_use(self) -> None:

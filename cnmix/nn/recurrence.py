@@ -23,7 +23,9 @@ from .. import kernels
 from ..fixed_point import FixedPoint
 from ..kernels import native
 from ..sequence import SequenceQuantizer
+from .card_tensors import apply_on_host, widest
 from .gates import Gates
+from .places import module_name
 from .quantizers import ModuleQuantizers
 
 
@@ -31,6 +33,7 @@ class Layer(NamedTuple):
     """What a layer computes with in one direction.
 
     Attributes:
+        product: lstm, gru or rnn.
         gates: of the network.
         input: quantizers of the product of the input.
         hidden: of the hidden state's.
@@ -44,6 +47,7 @@ class Layer(NamedTuple):
             the hidden state sums over the gates, and is one product in both forms.
     """
 
+    product: str
     gates: Gates
     input: ModuleQuantizers
     hidden: ModuleQuantizers
@@ -53,6 +57,16 @@ class Layer(NamedTuple):
     training: bool
     keep: bool
     fused: bool
+
+    @property
+    def fqn(self) -> str:
+        """Fully qualified name of the module."""
+        return module_name(self.hidden.fqn)
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """The widest of its products by operand."""
+        return widest(self.input.bits, self.hidden.bits)
 
     def steps(self) -> list[tuple[int, int]]:
         """Returns the first row and the number of rows of each time step, in the order of the computation."""
@@ -87,8 +101,8 @@ def run_layer(
             "go through: call it without, or on a copy that cnmix.dequantize has made float again"
         )
     if torch.compiler.is_compiling():  # a graph breaks here, as it does at torch's own recurrent modules
-        return torch.compiler.disable(_Recurrence.apply)(x, *weights, h, c, layer)
-    return _Recurrence.apply(x, *weights, h, c, layer)
+        return torch.compiler.disable(apply_on_host)(_Recurrence, x, *weights, h, c, layer)
+    return apply_on_host(_Recurrence, x, *weights, h, c, layer)
 
 
 class _Recurrence(torch.autograd.Function):

@@ -78,6 +78,7 @@ class _Recurrent(QuantizedModule):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         weights: Any = tuple(getattr(self, name + after, None) for name in names)
         described = Layer(
+            product=self.mode.partition("_")[0].lower(),
             gates=KINDS[self.mode],
             input=self.quantizers_by_place[f"{before}input"],
             hidden=self.quantizers_by_place[f"{before}hidden"],
@@ -108,7 +109,7 @@ class _QuantizedRNNBase(_Recurrent, nn.RNNBase):
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
             x = self._check(data, self.input_size, (2,))
-            hx = self._first_states(hx, int(sizes[0]), True)
+            hx = self._first_states(hx, x, int(sizes[0]), True)
             if order is not None:
                 hx = tuple(state.index_select(1, order) for state in hx)
             y, states = self._run_layers(x, sizes.tolist(), hx)
@@ -124,19 +125,19 @@ class _QuantizedRNNBase(_Recurrent, nn.RNNBase):
         length, batch, _ = x.shape
         if length == 0:
             raise ValueError(f"{self._fqn!r} takes sequences of at least one time step, got {tuple(input.shape)}")
-        hx = self._first_states(hx, batch, batched)
+        hx = self._first_states(hx, x, batch, batched)
         y, states = self._run_layers(x.flatten(0, 1), [batch] * length, hx)
         y = y.unflatten(0, (length, batch))
         if not batched:
             return y.squeeze(1), self._as_given(tuple(state.squeeze(1) for state in states))
         return y.transpose(0, 1) if self.batch_first else y, self._as_given(states)
 
-    def _first_states(self, hx: Any, batch: int, batched: bool) -> tuple[Tensor, ...]:
+    def _first_states(self, hx: Any, x: Tensor, batch: int, batched: bool) -> tuple[Tensor, ...]:
         """Returns h_0, and of an LSTM c_0, as (layers * directions, batch, size)."""
         count = self.num_layers * (1 + bool(self.bidirectional))
         sizes = [self.proj_size or self.hidden_size, self.hidden_size][: 1 + (self.mode == "LSTM")]
         if hx is None:
-            return tuple(torch.zeros((count, batch, size)) for size in sizes)
+            return tuple(torch.zeros((count, batch, size), device=x.device) for size in sizes)
         given = hx if self.mode == "LSTM" else (hx,)
         if not isinstance(given, (tuple, list)) or len(given) != len(sizes):
             raise TypeError(f"{self._fqn!r} takes the pair (h_0, c_0), got a {type(hx).__name__}")
@@ -195,7 +196,7 @@ class _QuantizedCell(_Recurrent, nn.RNNCellBase):
         batch = x.shape[:-1]
         count = 1 + (self.mode == "LSTM")
         if hx is None:
-            states = [torch.zeros((*batch, self.hidden_size)) for _ in range(count)]
+            states = [torch.zeros((*batch, self.hidden_size), device=x.device) for _ in range(count)]
         else:
             given = hx if self.mode == "LSTM" else (hx,)
             if not isinstance(given, (tuple, list)) or len(given) != count:

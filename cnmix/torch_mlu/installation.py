@@ -6,10 +6,10 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -56,7 +56,7 @@ def vendor_package() -> str | None:
     if is_installed():
         return None
     spec = importlib.util.find_spec("torch_mlu")
-    return None if spec is None else spec.origin or "sys.path"
+    return None if spec is None else spec.origin  # a folder of that name without __init__.py has none
 
 
 def install(cards: int | None = None, *, strict: bool | None = None, card_name: str | None = None) -> None:
@@ -78,6 +78,7 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
     vendor = vendor_package()
     if vendor is not None:
         raise RuntimeError(f"the vendor's torch_mlu is installed ({vendor}): it serves, and is never replaced")
+    from .cards import find_card
     from .core import mlu_model
     from .settings import configure
 
@@ -87,24 +88,35 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
             raise RuntimeError(f"PyTorch's one private-use device is {name!r} in this process: run without it")
         _register(mlu_model)
         sys.meta_path.insert(0, _Finder())
-    configure(cards, strict, card_name)
+        sys.modules.pop("torch_mlu", None)  # such a folder, if something looked at it
+    changes: dict[str, Any] = {}
+    if cards is not None:
+        changes["cards"] = cards
+    if strict is not None:
+        changes["strict"] = strict
+    if card_name is not None:
+        changes |= {"card": find_card(card_name), "floating": None}
+    configure(**changes)
 
 
 def _register(mlu_model: ModuleType) -> None:
     from .card import library
+    from .collectives import register_cncl
+    from .fixed_products import register_products
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
     loaded.register(1)
+    register_products()
     torch._register_device_module("mlu", mlu_model)
     torch.utils.generate_methods_for_privateuse1_backend(
         for_tensor=True, for_module=True, for_packed_sequence=True, for_storage=True
     )
     torch.is_mlu_available = mlu_model.is_available  # type: ignore[attr-defined]
+    from .backends import mlufusion
+
+    torch.backends.mlufusion = mlufusion  # type: ignore[attr-defined]
+    sys.modules["torch.backends.mlufusion"] = mlufusion
+    register_cncl()
     # A backward pass on this thread: another thread would have OpenMP threads of its own, on the same cores.
     torch.autograd.set_multithreading_enabled(False)
-
-
-def asked_by_environment() -> bool:
-    """Whether a parent, as ``cnmix run``, handed the emulation to this process."""
-    return os.environ.get("CNMIX_TORCH_MLU") == "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .card import library
 from .cards import Card, find_card
@@ -17,17 +18,29 @@ class Settings:
         cards: how many there are.
         strict: whether an operator refuses what a card would refuse.
         card: which they are.
-        floating: whether float tensors are multiplied in float32; else as int31. None is as the card does.
+        floating: whether products of float tensors are computed in float. None is as the card does.
+        product_bits: the width of these products where they are not: 8, 16 or 31.
+        cnml: whether a script chose the graphs of inference.
+        core_number: of an offline model.
+        core_version: the card that an offline model is for; empty is this one.
+        input_format: the order of an image's channels, 0 to 3.
+        offline_model: the name of the offline model that the next trace shall leave; empty for none.
     """
 
     cards: int
     strict: bool
     card: Card
     floating: bool | None = None
+    product_bits: int = 31
+    cnml: bool = False
+    core_number: int = 1
+    core_version: str = ""
+    input_format: int = 0
+    offline_model: str = ""
 
     @property
     def multiplies_in_float(self) -> bool:
-        """Whether float tensors are multiplied in float32."""
+        """Whether products of float tensors are computed in float."""
         return self.card.floating if self.floating is None else self.floating
 
 
@@ -39,39 +52,34 @@ _current = _Current()
 
 
 def settings() -> Settings:
-    """Returns the settings in force."""
+    """Returns the settings in force.
+
+    Raises:
+        RuntimeError: if the emulation is not in place.
+    """
     if _current.settings is None:
         raise RuntimeError("the emulated torch_mlu is not in place: call cnmix.torch_mlu.install() first")
     return _current.settings
 
 
-def configure(cards: int | None = None, strict: bool | None = None, card_name: str | None = None) -> Settings:
-    """Changes what is given; the rest stays, or is what the environment says at first."""
-    known = _current.settings
-    if known is None:
-        visible = os.environ.get("MLU_VISIBLE_DEVICES")
-        known = Settings(
-            cards=1 if visible is None else len([each for each in visible.split(",") if each.strip()]),
-            strict=os.environ.get("CNMIX_STRICT_DEVICE") == "1",
-            card=find_card(os.environ.get("DEFAULT_MLU_DEVICE_NAME") or "MLU370"),
-        )
-    if cards is not None:
-        if not 0 <= cards <= 64:
-            raise ValueError(f"there can be 0 to 64 emulated cards, not {cards}")
-        known = replace(known, cards=cards)
-    if strict is not None:
-        known = replace(known, strict=strict)
-    if card_name is not None:
-        known = replace(known, card=find_card(card_name))
-    return _apply(known)
+def configure(**changes: Any) -> None:
+    """Changes the settings that are given; the rest stays, or is at first what the environment says.
 
-
-def set_floating(floating: bool | None) -> None:
-    """Sets whether float tensors are multiplied in float32; None is as the card does."""
-    _apply(replace(settings(), floating=floating))
-
-
-def _apply(changed: Settings) -> Settings:
+    Raises:
+        ValueError: if the number of cards is not one that can be had, or there is no card of the name in
+            ``DEFAULT_MLU_DEVICE_NAME``.
+    """
+    changed = replace(_current.settings or _from_environment(), **changes)
+    if not 0 <= changed.cards <= 64:
+        raise ValueError(f"there can be 0 to 64 emulated cards, not {changed.cards}")
     _current.settings = changed
     library().set(changed.cards, changed.strict, not changed.multiplies_in_float, changed.card.memory)
-    return changed
+
+
+def _from_environment() -> Settings:
+    visible = os.environ.get("MLU_VISIBLE_DEVICES")
+    return Settings(
+        cards=1 if visible is None else len([each for each in visible.split(",") if each.strip()]),
+        strict=os.environ.get("CNMIX_STRICT_DEVICE") == "1",
+        card=find_card(os.environ.get("DEFAULT_MLU_DEVICE_NAME") or "MLU370"),
+    )

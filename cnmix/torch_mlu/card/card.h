@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 namespace cnmix::card {
@@ -49,6 +50,21 @@ inline bool is_on_card(const at::Tensor& x) {
 }
 // A tensor of the host on the same bytes, with the same version counter.
 at::Tensor host_view(const at::Tensor& x);
+// The same of a card's tensor, and a host tensor itself.
+inline at::Tensor host_of(const at::Tensor& x) {
+  return is_on_card(x) ? host_view(x) : x;
+}
+// Whether products of this tensor run as int31.
+inline bool in_fixed_point(const at::Tensor& x) {
+  return settings().fixed_point && at::isFloatingType(x.scalar_type()) && x.layout() == c10::kStrided;
+}
+struct Named {
+  const char* name;
+  const at::Tensor& x;
+};
+// Checks that an operator's arguments are on one card, as it would; returns which.
+int one_card(const char* op, std::initializer_list<Named> arguments);
+
 // A tensor of the card on the bytes of a host tensor.
 at::Tensor to_card(const at::Tensor& x, int card);
 // The same on a storage that the card has already.

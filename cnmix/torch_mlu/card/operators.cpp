@@ -1,10 +1,7 @@
-// The operators that need more of the card than the host's kernel: memory, copies, products.
+// The operators that need more of the card than the host's kernel: memory, copies, and the ways to and from the host.
 #include "card.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/native/transformers/attention.h>
-#include <ATen/native/DispatchStub.h>
 #include <ATen/native/TensorFactories.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -14,6 +11,7 @@
 
 namespace cnmix::card {
 
+void register_collectives();
 void register_device();
 void register_operators(const std::unordered_set<std::string>& own);
 
@@ -49,14 +47,6 @@ at::Tensor empty_strided(
   return to_card(marked(at::empty_strided(size, stride, host_options(dtype))), card);
 }
 
-at::Tensor host_of(const at::Tensor& x) {
-  return is_on_card(x) ? host_view(x) : x;
-}
-
-std::optional<at::Tensor> host_of(const std::optional<at::Tensor>& x) {
-  return x.has_value() && x->defined() ? std::optional<at::Tensor>(host_of(*x)) : std::nullopt;
-}
-
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   host_of(to).copy_(host_of(from), non_blocking);
   return to;
@@ -67,147 +57,6 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
     to.resize_(from.sizes());
   }
   return copy_from(from, to, false);
-}
-
-// The products. On the 200 series those of float tensors run as int31; Python has the kernels.
-
-bool in_fixed_point(const at::Tensor& a) {
-  return settings().fixed_point && at::isFloatingType(a.scalar_type());
-}
-
-at::Tensor fixed_matmul(const at::Tensor& a, const at::Tensor& b) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cnmix::fixed_matmul", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
-  return op.call(a, b);
-}
-
-int card_index(const at::Tensor& a, const at::Tensor& b) {
-  return is_on_card(a) ? a.device().index() : b.device().index();
-}
-
-void check_host(const char* op, const at::Tensor& a, const at::Tensor& b) {
-  if (is_on_card(a) == is_on_card(b)) {
-    TORCH_CHECK(
-        !is_on_card(a) || a.device() == b.device(), "aten::", op, " got tensors of ", a.device(), " and of ", b.device(),
-        ": bring them to one card with .to()");
-    return;
-  }
-  const auto text = std::string("aten::") + op + " got one operand from the host and one from mlu:" +
-      std::to_string(card_index(a, b)) + ", which a card refuses: bring it there with .to('mlu')";
-  TORCH_CHECK(!settings().strict, text);
-  warn_once(text);
-}
-
-at::Tensor product(const char* op, const at::Tensor& a, const at::Tensor& b) {
-  check_host(op, a, b);
-  const auto x = host_of(a), y = host_of(b);
-  return in_fixed_point(a) ? fixed_matmul(x, y) : at::matmul(x, y);
-}
-
-at::Tensor mm(const at::Tensor& a, const at::Tensor& b) {
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "mm takes two matrices, got ", a.sizes(), " and ", b.sizes());
-  check_host("mm", a, b);
-  const auto x = host_of(a), y = host_of(b);
-  return to_card(in_fixed_point(a) ? fixed_matmul(x, y) : at::mm(x, y), card_index(a, b));
-}
-
-at::Tensor bmm(const at::Tensor& a, const at::Tensor& b) {
-  TORCH_CHECK(a.dim() == 3 && b.dim() == 3, "bmm takes two batches, got ", a.sizes(), " and ", b.sizes());
-  check_host("bmm", a, b);
-  const auto x = host_of(a), y = host_of(b);
-  return to_card(in_fixed_point(a) ? fixed_matmul(x, y) : at::bmm(x, y), card_index(a, b));
-}
-
-at::Tensor mv(const at::Tensor& a, const at::Tensor& b) {
-  return to_card(product("mv", a, b), card_index(a, b));
-}
-
-at::Tensor dot(const at::Tensor& a, const at::Tensor& b) {
-  TORCH_CHECK(a.dim() == 1 && b.dim() == 1, "dot takes two vectors, got ", a.sizes(), " and ", b.sizes());
-  return to_card(product("dot", a, b), card_index(a, b));
-}
-
-// beta * bias + alpha * (a @ b)
-template <at::Tensor (*on_host)(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Scalar&, const at::Scalar&)>
-at::Tensor add_product(
-    const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
-  check_host("addmm", a, b);
-  if (bias.dim() > 0) {
-    check_host("addmm", bias, a);
-  }
-  const int card = card_index(a, b);
-  const auto z = host_of(bias), x = host_of(a), y = host_of(b);
-  if (!in_fixed_point(a)) {
-    return to_card(on_host(z, x, y, beta, alpha), card);
-  }
-  auto sum = fixed_matmul(x, y);
-  if (!alpha.equal(1)) {
-    sum.mul_(alpha);
-  }
-  if (!beta.equal(0)) {
-    sum.add_(z, beta);
-  }
-  return to_card(sum, card);
-}
-
-using Sizes = c10::SymIntArrayRef;
-
-at::Tensor convolution(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, Sizes stride, Sizes padding,
-    Sizes dilation, bool transposed, Sizes output_padding, c10::SymInt groups) {
-  check_host("convolution", x, weight);
-  const auto z = host_of(bias);
-  if (in_fixed_point(x)) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("cnmix::fixed_convolution", "")
-            .typed<at::Tensor(
-                const at::Tensor&, const at::Tensor&, Sizes, Sizes, Sizes, bool, Sizes, c10::SymInt)>();
-    auto y = op.call(host_of(x), host_of(weight), stride, padding, dilation, transposed, output_padding, groups);
-    if (z.has_value()) {
-      auto shape = std::vector<int64_t>(static_cast<size_t>(y.dim()), 1);
-      shape[1] = -1;
-      y.add_(z->view(shape));
-    }
-    return to_card(y, card_index(x, weight));
-  }
-  return to_card(
-      at::convolution_symint(
-          host_of(x), host_of(weight), z, stride, padding, dilation, transposed, output_padding, groups),
-      card_index(x, weight));
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, Sizes stride, Sizes padding, Sizes dilation,
-    bool transposed, Sizes output_padding, c10::SymInt groups, std::array<bool, 3> mask) {
-  const int card = card_index(x, weight);
-  if (in_fixed_point(x)) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("cnmix::fixed_convolution_backward", "")
-            .typed<std::tuple<at::Tensor, at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const at::Tensor&, Sizes, Sizes, Sizes, bool, Sizes, c10::SymInt,
-                bool, bool)>();
-    auto [grad_x, grad_weight] = op.call(
-        host_of(grad), host_of(x), host_of(weight), stride, padding, dilation, transposed, output_padding, groups,
-        mask[0], mask[1]);
-    at::Tensor grad_bias;
-    if (mask[2]) {
-      auto others = std::vector<int64_t>{0};
-      for (int64_t i = 2; i < grad.dim(); ++i) {
-        others.push_back(i);
-      }
-      grad_bias = to_card(host_of(grad).sum(others), card);
-    }
-    return {mask[0] ? to_card(grad_x, card) : at::Tensor(), mask[1] ? to_card(grad_weight, card) : at::Tensor(), grad_bias};
-  }
-  const int64_t channels = transposed ? weight.size(1) * groups.expect_int() : weight.size(0);
-  const std::array<c10::SymInt, 1> bias{channels};
-  auto [grad_x, grad_weight, grad_bias] = at::convolution_backward_symint(
-      host_of(grad), host_of(x), host_of(weight), mask[2] ? std::optional<Sizes>(Sizes(bias)) : std::nullopt, stride,
-      padding, dilation, transposed, output_padding, groups, mask);
-  return {to_card(grad_x, card), to_card(grad_weight, card), to_card(grad_bias, card)};
 }
 
 // Between the card's world and the host's, for kernels that read pointers: no copy, and differentiable.
@@ -243,11 +92,11 @@ struct ToHost : torch::autograd::Function<ToHost> {
 };
 
 at::Tensor differentiable_host(const at::Tensor& x) {
-  return is_on_card(x) ? ToHost::apply(x) : x;
+  return at::GradMode::is_enabled() && x.requires_grad() ? ToHost::apply(x) : host_of(x);
 }
 
 at::Tensor differentiable_card(const at::Tensor& x, int64_t card) {
-  return ToCard::apply(x, card);
+  return at::GradMode::is_enabled() && x.requires_grad() ? ToCard::apply(x, card) : card_kernel(x, card);
 }
 
 // Collectives run on the host's backend, on host views.
@@ -263,15 +112,8 @@ TORCH_LIBRARY(cnmix_card, library) {
 
 const std::unordered_set<std::string>& own_operators() {
   static const std::unordered_set<std::string> names{
-      "empty.memory_format", "empty_strided", "_copy_from", "_copy_from_and_resize", "mm", "bmm", "addmm", "baddbmm",
-      "addmv", "mv", "dot", "convolution_overrideable", "convolution_backward_overrideable", "_fused_sdp_choice"};
+      "empty.memory_format", "empty_strided", "_copy_from", "_copy_from_and_resize"};
   return names;
-}
-
-int64_t attention_choice(
-    const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double, bool,
-    std::optional<double>, bool) {
-  return 0;  // written out, so that its products are the card's
 }
 
 }  // namespace
@@ -284,16 +126,6 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty_strided", TORCH_FN(empty_strided));
   library.impl("_copy_from", TORCH_FN(copy_from));
   library.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
-  library.impl("mm", TORCH_FN(mm));
-  library.impl("bmm", TORCH_FN(bmm));
-  library.impl("mv", TORCH_FN(mv));
-  library.impl("dot", TORCH_FN(dot));
-  library.impl("addmm", TORCH_FN(add_product<at::addmm>));
-  library.impl("baddbmm", TORCH_FN(add_product<at::baddbmm>));
-  library.impl("addmv", TORCH_FN(add_product<at::addmv>));
-  library.impl("convolution_overrideable", TORCH_FN(convolution));
-  library.impl("convolution_backward_overrideable", TORCH_FN(convolution_backward));
-  library.impl("_fused_sdp_choice", TORCH_FN(attention_choice));
 }
 
 extern "C" {
@@ -307,6 +139,7 @@ __attribute__((visibility("default"))) void cnmix_card_register(int cards, Speak
   speak = say;
   cnmix::card::register_device();
   cnmix::card::register_operators(cnmix::card::own_operators());
+  cnmix::card::register_collectives();
 }
 
 __attribute__((visibility("default"))) void cnmix_card_set(int cards, bool strict, bool fixed_point, int64_t memory) {

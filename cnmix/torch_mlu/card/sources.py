@@ -15,7 +15,17 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("memory.cpp", "device.cpp", "fallback.cpp", "operators.cpp", "strict.cpp")
+_SOURCES = (
+    "memory.cpp",
+    "device.cpp",
+    "fallback.cpp",
+    "strict.cpp",
+    "operators.cpp",
+    "products.cpp",
+    "networks.cpp",
+    "collectives.cpp",
+    "autocast.cpp",
+)
 _HEADERS = ("card.h",)
 
 

@@ -1,0 +1,5 @@
+"""``python -m cnmix``: the command ``cnmix``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What the vendor's package has under ``torch.backends``."""

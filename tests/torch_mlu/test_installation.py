@@ -1,0 +1,177 @@
+"""How the emulation comes into a process, and that it comes only where it was asked for."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnmix.torch_mlu import installation
+
+
+def python(source: str, *arguments: str, folder: Path | None = None) -> str:
+    """Runs a program in a Python of its own and returns what it prints."""
+    command = [sys.executable, "-W", "error", *arguments, "-c", textwrap.dedent(source)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+def test_nothing_changes_in_a_process_that_did_not_ask() -> None:
+    printed = python("""
+        import torch
+        def names():
+            return [set(vars(each)) for each in (torch, torch.Tensor, torch.nn.Module, torch.backends)]
+        before = names()
+        import sys
+        finders = list(sys.meta_path)
+        import cnmix, cnmix.torch_mlu
+        from cnmix.torch_mlu import installation
+        assert not cnmix.torch_mlu.is_installed()
+        assert names() == before
+        assert sys.meta_path == finders
+        for text in ("mlu", "mlu:0"):
+            try:
+                torch.device(text)
+            except RuntimeError:
+                continue
+            raise SystemExit("there is a device mlu")
+        try:
+            import torch_mlu
+        except ModuleNotFoundError:
+            print("as before")
+    """)
+    assert printed == "as before"
+
+
+def test_importing_cnmix_does_not_load_it() -> None:
+    printed = python("import sys, cnmix; print([name for name in sys.modules if name.startswith('cnmix.torch_mlu')])")
+    assert printed == "[]"
+
+
+def test_the_vendors_names_are_the_same_modules() -> None:
+    import torch_mlu
+    import torch_mlu.core.device.notifier
+    import torch_mlu.core.mlu_model as ct
+
+    import cnmix.torch_mlu.core.mlu_model
+
+    assert torch_mlu is cnmix.torch_mlu
+    assert ct is cnmix.torch_mlu.core.mlu_model is torch_mlu.core.mlu_model
+    assert ct.__name__ == "cnmix.torch_mlu.core.mlu_model"
+    assert ct.__spec__ is not None
+    assert ct.__spec__.name == "cnmix.torch_mlu.core.mlu_model"
+    assert torch_mlu.core.device.notifier.Notifier is ct.Notifier
+    with pytest.raises(ModuleNotFoundError, match=r"torch_mlu\.nothing"):
+        import torch_mlu.nothing
+    with pytest.raises(AttributeError, match=r"'torch_mlu' has no attribute 'nothing'"):
+        torch_mlu.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'torch_mlu.core' has no attribute 'nothing'"):
+        torch_mlu.core.nothing  # noqa: B018
+
+
+def test_installing_again_changes_what_is_given() -> None:
+    import cnmix.torch_mlu.settings
+
+    cnmix.torch_mlu.install(3)
+    cnmix.torch_mlu.install(strict=True)
+    found = cnmix.torch_mlu.settings.settings()
+    assert (found.cards, found.strict, found.card.name) == (3, True, "MLU370")
+    assert sum(isinstance(finder, installation._Finder) for finder in sys.meta_path) == 1
+
+
+def test_the_vendors_own_package_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "torch_mlu").mkdir()
+    (tmp_path / "torch_mlu" / "__init__.py").write_text("vendor = True\n")
+    printed = python(
+        """
+        import cnmix.torch_mlu
+        try:
+            cnmix.torch_mlu.install()
+        except RuntimeError as error:
+            print(error)
+        import torch, torch_mlu
+        assert torch_mlu.vendor and not hasattr(torch, "mlu")
+        """,
+        folder=tmp_path,
+    )
+    assert "the vendor's torch_mlu is installed" in printed
+    assert str(tmp_path / "torch_mlu" / "__init__.py") in printed
+
+
+def test_a_folder_of_that_name_is_not_the_vendors_package(tmp_path: Path) -> None:
+    (tmp_path / "torch_mlu").mkdir()
+    python(
+        """
+        import torch_mlu
+        import cnmix.torch_mlu
+        cnmix.torch_mlu.install()
+        import torch_mlu
+        assert torch_mlu is cnmix.torch_mlu
+        """,
+        folder=tmp_path,
+    )
+
+
+def test_another_private_use_device_is_left_alone() -> None:
+    printed = python("""
+        import torch, cnmix.torch_mlu
+        torch.utils.rename_privateuse1_backend("npu")
+        try:
+            cnmix.torch_mlu.install()
+        except RuntimeError as error:
+            print(error)
+    """)
+    assert printed == "PyTorch's one private-use device is 'npu' in this process: run without it"
+
+
+def test_settings_come_from_the_environment() -> None:
+    printed = python("""
+        import os
+        os.environ.update(MLU_VISIBLE_DEVICES="0,1,2", CNMIX_STRICT_DEVICE="1", DEFAULT_MLU_DEVICE_NAME="MLU290")
+        import torch, cnmix.torch_mlu
+        from cnmix.torch_mlu.settings import settings
+        try:
+            settings()
+        except RuntimeError as error:
+            print(error)
+        cnmix.torch_mlu.install()
+        print(settings().cards, settings().strict, torch.mlu.get_device_name(), torch.mlu.is_using_floating_device())
+    """)
+    first, second = printed.splitlines()
+    assert first == "the emulated torch_mlu is not in place: call cnmix.torch_mlu.install() first"
+    assert second == "3 True MLU290 False"
+
+
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnmix.torch_mlu.card import build
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found: install g\+\+ or clang\+\+.* variable CXX"):
+        build()
+
+
+def test_sources_that_do_not_compile_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from cnmix.torch_mlu.card import build
+
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"could not compile the emulated card's memory.cpp[\s\S]*no such header"):
+        build()
+    assert not list((tmp_path / "cnmix").glob("*.so"))
+
+
+def test_the_backward_pass_runs_on_the_callers_thread() -> None:
+    import threading
+
+    threads = []
+    x = torch.ones(2, device="mlu", requires_grad=True)
+    x.register_hook(lambda gradient: threads.append(threading.get_ident()))
+    (x * 2).sum().backward()
+    assert threads == [threading.get_ident()]

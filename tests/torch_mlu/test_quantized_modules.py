@@ -1,0 +1,380 @@
+"""What is in a state_dict of quantized modules, and what comes of one that is loaded."""
+
+import copy
+import io
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from cnmix.torch_mlu.core.mlu_quantize import quantize_dynamic_mlu
+from cnmix.torch_mlu.core.quantized import modules as cnq
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def float_model(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5, bias=bias)).eval()
+
+
+IMAGES = random(2, 3, 4, 4)
+
+
+def generated(dtype="int8", model=None, data=IMAGES, **scheme):
+    made = quantize_dynamic_mlu(model or float_model(), scheme, dtype=dtype, gen_quant=True)
+    with torch.no_grad():
+        made(data)
+    return made
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def loaded(state, model=None):
+    made = quantize_dynamic_mlu(model or float_model())
+    assert str(made.load_state_dict(state)) == "<All keys matched successfully>"
+    return made
+
+
+def described(state, prefix):
+    return {
+        name.removeprefix(prefix): (tuple(value.shape), value.dtype)
+        for name, value in state.items()
+        if name.startswith(prefix)
+    }
+
+
+FLOAT = {"weight": ((4, 3, 3, 3), torch.float32), "bias": ((4,), torch.float32)}
+ALWAYS = {**FLOAT, "use_symmetry": ((1,), torch.int64), "quantized_mode": ((1,), torch.int32)}
+GENERATED = {"scale_weight_per_channel": ((4,), torch.float32), "quantized_by_channel": ((1,), torch.int64)}
+FIRST = {"input_mean": ((1, 3, 1, 1), torch.float32), "input_std": ((1, 3, 1, 1), torch.float32)}
+
+
+@pytest.mark.parametrize(("dtype", "mode", "qmax"), [("int8", 1, 127), ("int16", 2, 32767)])
+def test_keys_and_values_per_tensor(dtype, mode, qmax):
+    model = generated(dtype)
+    state = saved(model.state_dict())
+    assert described(state, "0.") == {**ALWAYS, "scale": ((2,), torch.float32)}
+    assert set(described(state, "3.")) == {"weight", "bias", "use_symmetry", "scale", "quantized_mode"}
+    own = [qmax / each.abs().max().item() for each in (IMAGES, model[0].weight)]
+    assert state["0.scale"].tolist() == torch.tensor(own).tolist()
+    assert (state["0.use_symmetry"].tolist(), state["0.quantized_mode"].tolist()) == ([1], [mode])
+    run = loaded(state)
+    assert described(run.state_dict(), "0.") == described(state, "0.")
+    assert all(torch.equal(value, state[name]) for name, value in run.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "mode", "qmax"), [("int8", 1, 127), ("int16", 2, 32767)])
+def test_keys_and_values_per_channel(dtype, mode, qmax):
+    model = generated(dtype, per_channel=True, data_scale=0.5)
+    state = saved(model.state_dict())
+    assert described(state, "0.") == {**ALWAYS, "scale": ((2,), torch.float32), **GENERATED}
+    assert state["0.scale"].tolist() == [torch.tensor(qmax / (IMAGES.abs().max().item() * 0.5)).item(), 0.0]
+    own = torch.full((4,), qmax) / (model[0].weight.flatten(1).abs().amax(1) * 0.5)
+    assert torch.equal(state["0.scale_weight_per_channel"], own)
+    assert state["0.quantized_mode"].tolist() == [mode]
+    run = loaded(state)
+    again = saved(run.state_dict())
+    assert described(again, "0.") == {**ALWAYS, "scale": ((6,), torch.float32)}
+    assert again["0.quantized_mode"].tolist() == [mode + 2]
+    assert again["0.scale"].tolist() == [*state["0.scale"].tolist(), *own.tolist()]
+    twice = loaded(again).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in twice.items())
+    assert twice.keys() == again.keys()
+
+
+def test_data_scale_is_not_for_weights_per_tensor():
+    weight_scales = [generated(data_scale=scale).state_dict()["0.scale"][1].item() for scale in (1.0, 0.25)]
+    assert weight_scales[0] == weight_scales[1]
+
+
+def test_values_are_parameters_and_observers_have_no_keys():
+    state = generated(per_channel=True).state_dict()
+    assert all(isinstance(value, Parameter) for value in state.values())
+    constants = [value for name, value in state.items() if not name.endswith(("weight", "bias"))]
+    assert not any(value.requires_grad for value in constants)
+
+
+def test_before_a_file_is_loaded_there_is_only_use_symmetry():
+    state = quantize_dynamic_mlu(float_model()).state_dict()
+    assert set(described(state, "0.")) == {"weight", "bias", "use_symmetry"}
+    assert quantize_dynamic_mlu(float_model())[0].scale is None
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_model_that_saw_nothing_can_be_saved_and_loaded(dtype, per_channel):
+    model = quantize_dynamic_mlu(float_model(), {"per_channel": per_channel}, dtype=dtype, gen_quant=True)
+    with pytest.warns(UserWarning, match="the input of '[03]' was not observed"):
+        state = saved(model.state_dict())
+    assert state["0.scale"][0] == 1
+    run = loaded(state)
+    mode = 1 + (dtype == "int16") + 2 * per_channel
+    assert run.state_dict()["0.quantized_mode"].tolist() == [mode]
+    assert loaded(saved(run.state_dict())).to("mlu")(IMAGES.to("mlu")).isfinite().all()
+
+
+def test_a_missing_bias_becomes_zeros():
+    state = saved(generated(model=float_model(bias=False)).state_dict())
+    assert "0.bias" not in state
+    run = loaded(state, float_model(bias=False))
+    assert run[0].bias.tolist() == [0.0] * 4
+    again = saved(run.state_dict())
+    assert "0.bias" in again
+    other = loaded(again, float_model(bias=False))
+    assert torch.equal(*(each.to("mlu")(IMAGES.to("mlu")).cpu() for each in (run, other)))
+    with pytest.warns(UserWarning, match=r"[03].bias is not in the state_dict"):
+        assert quantize_dynamic_mlu(float_model()).load_state_dict(state)
+
+
+class TestFirstConvolution:
+    scheme: ClassVar[dict] = {"mean": [0.5, 0.25, 0.0], "std": [0.2, 0.1, 1.0], "firstconv": True}
+
+    def test_mean_and_std_are_saved_times_255(self):
+        state = saved(generated(**self.scheme).state_dict())
+        assert described(state, "0.") == {**ALWAYS, "scale": ((2,), torch.float32), **FIRST}
+        assert state["0.input_mean"].flatten().tolist() == [127.5, 63.75, 0.0]
+        assert state["0.input_std"].flatten().tolist() == (torch.tensor([0.2, 0.1, 1.0]) * 255).tolist()
+        assert described(saved(loaded(state).state_dict()), "0.") == described(state, "0.")
+
+    def test_the_host_ignores_them_and_the_card_does_not(self):
+        images = (torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round()
+        mean, std = (torch.tensor(self.scheme[name]).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
+        normal = (images - mean) / std
+        model = float_model()
+        run = loaded(generated("int16", model, normal, **self.scheme).state_dict(), model)
+        assert torch.equal(run(normal), model(normal))
+        y = run.to("mlu")(images.to(torch.uint8).to("mlu"))
+        assert torch.allclose(y.cpu(), model(normal), atol=1e-3)
+
+    def test_only_the_first_convolution_of_each_model_has_them(self):
+        for _ in range(2):  # as often as one likes in a process
+            model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1))
+            state = quantize_dynamic_mlu(model, self.scheme, dtype="int8").state_dict()
+            assert [name for name in state if "input_" in name] == ["1.0.input_mean", "1.0.input_std"]
+
+    def test_a_file_without_them_leaves_what_the_qconfig_says(self):
+        with_them, without = generated(**self.scheme).state_dict(), generated().state_dict()
+        run = quantize_dynamic_mlu(float_model(), self.scheme)
+        run.load_state_dict(without)
+        assert run[0].input_mean.flatten().tolist() == [127.5, 63.75, 0.0]
+        run = quantize_dynamic_mlu(float_model())
+        run.load_state_dict(with_them)
+        assert run[0].input_mean is not None
+        run.load_state_dict(without)
+        assert run[0].input_mean is None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"0.input_std": None}, "0.input_std missing beside 0.input_mean"),
+            ({"0.input_mean": torch.zeros(3)}, r"0.input_mean must have the shape \(1, 3, 1, 1\), got \(3,\)"),
+            ({"0.input_std": torch.zeros(1, 3, 1, 1)}, "0.input_std has a 0"),
+        ],
+    )
+    def test_wrong_ones_are_named(self, change, message):
+        state = {**generated(**self.scheme).state_dict(), **change}
+        state = {name: value for name, value in state.items() if value is not None}
+        with pytest.raises(RuntimeError, match=message):
+            quantize_dynamic_mlu(float_model()).load_state_dict(state)
+
+
+def by_hand(**constants):
+    """A file as the vendor's package writes it, for one Linear of 3 inputs and 2 outputs."""
+    return {
+        "fc.weight": torch.tensor([[1.0, -0.5, 0.25], [0.125, 2.0, 0.0]]),
+        "fc.bias": torch.tensor([1.0, -1.0]),
+        "fc.use_symmetry": torch.ones(1, dtype=torch.int64),
+        **{f"fc.{name}": value for name, value in constants.items()},
+    }
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+HAND_MADE = {
+    "int8": ({"scale": torch.tensor([63.5, 63.5]), "quantized_mode": int32(1)}, (1, 2)),
+    "int16": ({"scale": torch.tensor([16000.0, 16000.0]), "quantized_mode": int32(2)}, (2, 2)),
+    "int8 per channel, generated": (
+        {
+            "scale": torch.tensor([63.5, 0.0]),
+            "quantized_mode": int32(1),
+            "scale_weight_per_channel": torch.tensor([127.0, 63.5]),
+            "quantized_by_channel": torch.ones(1, dtype=torch.int64),
+        },
+        (3, 4),
+    ),
+    "int16 per channel, loaded": (
+        {"scale": torch.tensor([16000.0, 0.0, 32767.0, 16383.5]), "quantized_mode": int32(4)},
+        (4, 4),
+    ),
+    "widths and positions": ({"scale": torch.tensor([8.0, 8.0]), "quantized_mode": int32(-5, -5)}, None),
+}
+
+
+class _Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("kind", HAND_MADE)
+def test_files_made_by_hand_load_and_compute(kind):
+    constants, expected = HAND_MADE[kind]
+    state = by_hand(**constants)
+    run = loaded(saved(state), _Named())
+    x = torch.tensor([[1.0, 0.5, -2.0], [0.0, 1.0, 1.0]])
+    y = run.to("mlu")(x.to("mlu")).cpu()
+    assert torch.allclose(y, nn.functional.linear(x, state["fc.weight"], state["fc.bias"]), atol=0.1)
+    again = run.cpu().state_dict()
+    if expected is not None:
+        assert (again["fc.quantized_mode"].item(), again["fc.scale"].numel()) == expected
+    else:
+        assert again["fc.quantized_mode"].tolist() == [-5, -5]
+        assert torch.equal(y, nn.functional.linear(x, state["fc.weight"], state["fc.bias"]))  # all of it is on the grid
+    assert {*again} == {"fc.weight", "fc.bias", "fc.use_symmetry", "fc.scale", "fc.quantized_mode"}
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        ("int8", {"scale": None}, 'Missing key.*"fc.scale"'),
+        ("int8", {"quantized_mode": None}, 'Missing key.*"fc.quantized_mode"'),
+        ("int8", {"use_symmetry": None}, 'Missing key.*"fc.use_symmetry"'),
+        ("int8", {"weight": None}, 'Missing key.*"fc.weight"'),
+        ("int8", {"scales": torch.ones(2)}, 'Unexpected key.*"fc.scales"'),
+        ("int8", {"use_symmetry": torch.zeros(1)}, "fc.use_symmetry must be 1"),
+        ("int8", {"quantized_mode": int32(5)}, r"fc.quantized_mode must be one of 1, 2, 3, 4.*got \[5\]"),
+        (
+            "int8",
+            {"quantized_mode": int32(3)},
+            "fc.scale must have 4 values for 2 channels and .* 3, got 2",
+        ),
+        ("int8", {"scale": torch.ones(3)}, "fc.scale must have 2 values .* got 3"),
+        ("int8", {"scale": torch.ones(2, 1)}, r"fc.scale must be a tensor of one dimension, got shape \(2, 1\)"),
+        ("int8", {"scale": torch.tensor([0.0, 1.0])}, "fc.scale must have positive numbers, got 0.0 at index 0"),
+        ("int8", {"scale": torch.tensor([1.0, math.nan])}, "fc.scale must have positive numbers, got nan at index 1"),
+        ("int8", {"weight": torch.ones(2, 4)}, "size mismatch for fc.weight"),
+        ("int8", {"bias": torch.ones(3)}, "size mismatch for fc.bias"),
+        ("int8 per channel, generated", {"quantized_by_channel": None}, "fc.quantized_by_channel is missing"),
+        ("int8 per channel, generated", {"scale_weight_per_channel": None}, "fc.scale_weight_per_channel is missing"),
+        (
+            "int8 per channel, generated",
+            {"scale_weight_per_channel": torch.ones(3)},
+            "fc.scale_weight_per_channel must have 2 values for 2 channels.*got 3",
+        ),
+        ("int8 per channel, generated", {"quantized_mode": int32(3)}, "fc.quantized_mode be 1 or 2"),
+        ("int8 per channel, generated", {"quantized_by_channel": torch.zeros(1)}, "fc.quantized_by_channel must be 1"),
+        ("widths and positions", {"scale": torch.tensor([8.0, 12.0])}, "fc.scale must have two widths"),
+        ("widths and positions", {"quantized_mode": int32(0, 200)}, r"positions in \[-128, 127\]"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(base, change, message):
+    state = {**by_hand(**HAND_MADE[base][0]), **{f"fc.{name}": value for name, value in change.items()}}
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(RuntimeError, match=message):
+        quantize_dynamic_mlu(_Named()).load_state_dict(state)
+
+
+def test_without_strict_what_a_file_lacks_is_let_be():
+    run = quantize_dynamic_mlu(_Named())
+    run.load_state_dict(_Named().state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match=r"'fc' has no scales to compute with on mlu:0: load the state_dict"):
+        run.to("mlu")(torch.ones(1, 3).to("mlu"))
+    found = run.load_state_dict(by_hand(scale=torch.ones(2)), strict=False)
+    assert found.missing_keys == ["fc.quantized_mode"]
+
+
+def test_a_conv3d_has_no_scales_per_channel():
+    model = nn.Sequential(nn.Conv3d(1, 2, 1))
+    state = {
+        **model.state_dict(),
+        "0.use_symmetry": torch.ones(1, dtype=torch.int64),
+        "0.scale": torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        "0.quantized_mode": int32(3),
+    }
+    with pytest.raises(RuntimeError, match=r"0\.quantized_mode 3 .* Conv3d"):
+        quantize_dynamic_mlu(model).load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_file_is_loaded_on_the_card_as_on_the_host(assign):
+    state = generated("int16", per_channel=True).state_dict()
+    run = loaded(state).to("mlu")
+    other = quantize_dynamic_mlu(float_model()).to("mlu")
+    there = {name: value.to("mlu") for name, value in state.items()}
+    other.load_state_dict(there, assign=assign)
+    assert torch.equal(other(IMAGES.to("mlu")).cpu(), run(IMAGES.to("mlu")).cpu())
+    assert {value.device.type for value in other.state_dict().values()} == {"mlu"}
+
+
+def test_loading_copies():
+    state = generated(mean=[0.5] * 3, std=[0.5] * 3).state_dict()
+    run = loaded(state)
+    with torch.no_grad():
+        run[0].input_mean.zero_()
+        run[0].weight.zero_()
+    assert state["0.input_mean"].all()
+    assert state["0.weight"].any()
+
+
+def test_half_leaves_the_scales_as_they_are():
+    run = loaded(generated("int16").state_dict())
+    scale = run.state_dict()["0.scale"].clone()
+    assert scale.max() > 65504 / 4
+    state = run.half().state_dict()
+    assert state["0.weight"].dtype == torch.float16
+    assert state["0.scale"].dtype == torch.float32
+    assert torch.equal(state["0.scale"], scale)
+    y = run.to("mlu")(IMAGES.half().to("mlu"))
+    assert y.dtype == torch.float16
+    assert torch.allclose(y.cpu().float(), float_model()(IMAGES), atol=5e-3)
+
+
+def test_modules_can_be_copied_and_pickled():
+    run = loaded(generated(per_channel=True, mean=[0.5] * 3, std=[0.5] * 3).state_dict())
+    file = io.BytesIO()
+    torch.save(run, file)
+    file.seek(0)
+    for other in (copy.deepcopy(run), torch.load(file, weights_only=False)):
+        assert torch.equal(other.to("mlu")(IMAGES.to("mlu")).cpu(), run.to("mlu")(IMAGES.to("mlu")).cpu())
+
+
+def test_a_generating_model_that_loads_a_file_goes_on_from_it():
+    state = generated().state_dict()
+    other = quantize_dynamic_mlu(float_model(), dtype="int8", gen_quant=True)
+    other.load_state_dict(state)
+    assert torch.equal(other.state_dict()["0.scale"], state["0.scale"])
+    other(IMAGES * 2)
+    assert other.state_dict()["0.scale"][0] == state["0.scale"][0] / 2
+    other.load_state_dict(float_model().state_dict())
+
+
+ALONE = [
+    (lambda: cnq.MLULinear(4, 3), (2, 4)),
+    (lambda: cnq.MLUConv1d(2, 3, 3), (1, 2, 5)),
+    (lambda: cnq.MLUConv2d(2, 3, 3), (1, 2, 5, 5)),
+    (lambda: cnq.MLUConv3d(2, 3, 1), (1, 2, 2, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), ALONE)
+def test_modules_stand_alone(make, shape):
+    module = make()
+    assert module(random(*shape)).shape[1] == 3
+    with pytest.raises(RuntimeError, match=f"'{type(module).__name__}' has no scales"):
+        module.to("mlu")(random(*shape).to("mlu"))
