@@ -282,9 +282,7 @@ def _train(model: nn.Module, device: str, steps: int = 12) -> list[float]:
     return losses
 
 
-def test_training_is_close_to_floats(
-    int31_card: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_is_close_to_floats(int31_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = _Everything()
     on_card, on_host = _train(model, "mlu"), _train(model, "cpu")
