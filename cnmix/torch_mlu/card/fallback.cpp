@@ -40,6 +40,7 @@ struct Call {
   bool to_host = false;  // the caller asks for a result on the host
   const c10::Argument* host_argument = nullptr;  // a host tensor that the card would refuse
   const c10::Argument* host_generator = nullptr;
+  bool card_generator = false;
   c10::SmallVector<Pair, 4> pairs;
   c10::SmallVector<c10::Storage, 1> storages;  // of the card, among the arguments
 };
@@ -117,6 +118,8 @@ void to_host(Call& call, IValue& value, const c10::Argument& argument) {
     const auto& generator = value.toGenerator();
     if (generator.device().type() == c10::kCPU) {
       call.host_generator = &argument;
+    } else {
+      call.card_generator = true;
     }
     value = IValue(host_generator(generator));
   }
@@ -210,6 +213,9 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if ((call.host_argument != nullptr && call.card >= 0) || call.host_generator != nullptr) {
     refuse_or_warn(call);
   }
+  TORCH_CHECK(
+      !call.card_generator || call.card >= 0, "Expected a 'cpu' device type for generator but found 'mlu' (",
+      schema.name(), ")");
   const int card = call.card < 0 ? current_card() : call.card;
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
 

@@ -34,19 +34,22 @@ void release(void* context) {
   delete adopted;
 }
 
+std::string amount(int64_t bytes) {
+  return bytes < (1 << 20) ? std::to_string(bytes) + " bytes" : std::to_string(bytes >> 20) + " MiB";
+}
+
 // Takes the bytes back, and raises, where the settings are strict.
 void exceeded(int card, int64_t bytes, int64_t limit) {
-  constexpr double mib = 1 << 20;
   if (!settings().strict) {
     warn_once(
-        "the tensors of mlu:" + std::to_string(card) + " take more than the card's " +
-        std::to_string(limit >> 20) + " MiB: a card would be out of memory");
+        "the tensors of mlu:" + std::to_string(card) + " take more than the " + amount(limit) +
+        " of the card: it would be out of memory");
     return;
   }
   const int64_t before = memory(card).allocated -= bytes;
   TORCH_CHECK_WITH(
-      OutOfMemoryError, false, "mlu:", card, " is out of memory: tried to allocate ", bytes / mib, " MiB beside the ",
-      before / mib, " MiB of its tensors, and the card has ", limit / mib, " MiB");
+      OutOfMemoryError, false, "mlu:", card, " is out of memory: tried to allocate ", amount(bytes), " where ",
+      amount(before), " of its ", amount(limit), " are taken");
 }
 
 c10::DataPtr adopt(c10::Storage host, int card) {
