@@ -26,12 +26,15 @@ product_observers: ContextVar[tuple[ProductObserver, ...]] = ContextVar("product
 """What is told of each product of tensors on the card, when it begins and when it ends.
 
 The name of a product is ``quantize_matmul``, ``quantize_convolution``, ``quantize_attention``, ``quantize_lstm``,
-``quantize_gru`` or ``quantize_rnn``, with ``_backward`` behind it in the backward pass; the phase is "begins" or
-"ends". Inputs are by name (``input``, ``weight``, ``bias``, and the ``geometry`` of a convolution; ``grad_output``),
-outputs ``result``, and ``grad_input``, ``grad_weight`` and so on; there are no outputs before the end. Bits are the
-widths of the operands ``input``, ``weight`` and ``grad_output``, the widest where a function computes several products.
+``quantize_gru`` or ``quantize_rnn``, with ``_backward`` behind it in the backward pass; the phase is "begins", then
+"ends", or "fails" where it raises. Inputs are by name (``input``, ``weight``, ``bias``, and the ``geometry`` of a
+convolution; ``grad_output``), outputs ``result``, and ``grad_input``, ``grad_weight`` and so on; there are none before
+the end. Bits are the widths of the operands ``input``, ``weight`` and ``grad_output``, the widest where a function
+computes several products.
 Under a transform of ``torch.func`` and in compiled graphs nobody is told.
 """
+
+_Teller = Callable[[str, list[str], Any], None]
 
 # The first operands of every product, as its observers know them.
 _NAMES = {"x": "input", "a": "input", "b": "weight"}
@@ -142,11 +145,9 @@ def _card_form(function: Any) -> Any:
         ctx.card = card
         ctx.described = described = _described(args)
         tell = _teller(observers, f"quantize_{described.product}", described, names, args) if observers else None
-        with host_by_default():
-            results = inner_forward(ctx, *map(_argument, args))
-        results = _on_card(results, card)
+        results = _on_card(_computed(tell, inner_forward, ctx, *map(_argument, args)), card)
         if tell is not None:
-            tell(_result_names(results), results)
+            tell("ends", _result_names(results), results)
         return results
 
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -154,11 +155,9 @@ def _card_form(function: Any) -> Any:
         name = f"quantize_{described.product}_backward"
         given = ["grad_output", *(f"grad_output{i}" for i in range(1, len(gradients)))]
         tell = _teller(observers, name, described, given, gradients) if observers else None
-        with host_by_default():
-            found = inner_backward(ctx, *map(to_host, gradients))
-        found = _on_card(found, ctx.card)
+        found = _on_card(_computed(tell, inner_backward, ctx, *map(to_host, gradients)), ctx.card)
         if tell is not None:
-            tell([f"grad_{name}" for name in names], found)
+            tell("ends", [f"grad_{name}" for name in names], found)
         return found
 
     def contextless_forward(*args: Any) -> Any:
@@ -169,6 +168,17 @@ def _card_form(function: Any) -> Any:
     # The other form's backward pass is a function that comes by ``apply_on_host`` itself.
     methods = {"forward": contextless_forward} if contextless else {"forward": forward, "backward": backward}
     return type(f"{function.__name__}OnCard", (function,), {name: staticmethod(each) for name, each in methods.items()})
+
+
+def _computed(tell: _Teller | None, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of the host's tensors, and tells where it raises."""
+    try:
+        with host_by_default():
+            return function(*args)
+    except BaseException:
+        if tell is not None:
+            tell("fails", [], ())
+        raise
 
 
 def _on_card(results: Any, card: int) -> Any:
@@ -184,8 +194,8 @@ def _result_names(results: Any) -> list[str]:
 
 def _teller(
     observers: tuple[ProductObserver, ...], name: str, described: _Described, names: list[str], args: Any
-) -> Callable[[list[str], Any], None]:
-    """Tells observers that a product begins; returns what tells them that it ends."""
+) -> _Teller:
+    """Tells observers that a product begins; returns what tells them that it ends, or fails."""
     # Switches and quantizers are no operands.
     inputs = {
         name: value
@@ -195,10 +205,10 @@ def _teller(
     for observer in observers:
         observer(name, "begins", inputs, {}, described.bits)
 
-    def tell(names: list[str], results: Any) -> None:
+    def tell(phase: str, names: list[str], results: Any) -> None:
         outputs = _by_name(names, results)
         for observer in reversed(observers):
-            observer(name, "ends", inputs, outputs, described.bits)
+            observer(name, phase, inputs, outputs, described.bits)
 
     return tell
 

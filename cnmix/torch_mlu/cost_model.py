@@ -97,11 +97,13 @@ class CostModel:
 
     Attributes:
         card: the card.
-        floating: whether it multiplies float tensors in float, if it can; else as int31.
+        floating: whether it multiplies float tensors in float, if it can; else in fixed point.
+        bits: width of the operands of these products in fixed point; those of half precision have 16 at most.
     """
 
     card: Card
     floating: bool
+    bits: int = 31
 
     @classmethod
     def of(cls, card: Card) -> CostModel:
@@ -112,9 +114,9 @@ class CostModel:
         """Returns the type that the card multiplies a tensor of this dtype in."""
         in_float = self.floating and self.card.floating
         if dtype in (torch.float16, torch.bfloat16):
-            return str(dtype).removeprefix("torch.") if in_float else "int16"
+            return str(dtype).removeprefix("torch.") if in_float else f"int{min(self.bits, 16)}"
         if dtype.is_floating_point or dtype.is_complex:
-            return "float32" if in_float else "int31"
+            return "float32" if in_float else f"int{self.bits}"
         return {1: "int8", 2: "int16"}.get(dtype.itemsize, "int31")
 
     def products(self, products: Iterable[Product], traffic: int) -> Estimate:

@@ -80,6 +80,7 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
         raise RuntimeError(f"the vendor's torch_mlu is installed ({vendor}): it serves, and is never replaced")
     from .cards import find_card
     from .core import mlu_model
+    from .logs import set_up_logs
     from .settings import configure
 
     if not is_installed():
@@ -97,6 +98,7 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
     if card_name is not None:
         changes |= {"card": find_card(card_name), "floating": None}
     configure(**changes)
+    set_up_logs()
 
 
 def _register(mlu_model: ModuleType) -> None:

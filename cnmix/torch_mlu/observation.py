@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from ..nn.card_tensors import product_observers
@@ -129,14 +130,18 @@ class _Mode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.observers: list[OperatorObserver] = []
-        self._products: list[tuple[str, list[tuple[OperatorObserver, OperatorCall]]]] = []
+        self._products: list[list[tuple[OperatorObserver, OperatorCall]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(each, torch.Tensor) and not _is_plain(each) for each in types):
+        if any(issubclass(each, FakeTensor) for each in types):
+            return func(*args, **kwargs)  # a compiler tracing: nothing is computed
+        if not all(map(_is_plain, types)):
             return NotImplemented  # a tensor class of its own says what it is made of
+        if func is torch.ops.aten.convolution.default and torch._C._get_tracing_state() is not None:
+            return self._trace_convolution(*args)
         if not self.observers or not (_on_card(args) or _on_card(kwargs.values())):
             return func(*args, **kwargs)
         if func is torch.ops.aten.detach.default:  # computes nothing, and would come here again from within
@@ -163,6 +168,19 @@ class _Mode(TorchDispatchMode):
             self._end(opened, result)
         return result
 
+    def _trace_convolution(self, *args: Any) -> torch.Tensor:
+        """Lets ``torch.jit.trace`` see what a convolution calls, and records; below here it sees nothing."""
+        key: Any = torch._C._parse_dispatch_key("Tracer")
+        tracer = torch._C.DispatchKeySet(key)
+        included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        flags = (
+            *(torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()),
+            *(torch._C._get_cudnn_enabled(), torch._C._get_cudnn_allow_tf32()),
+        )
+        with torch._C._ForceDispatchKeyGuard(included | tracer, excluded - tracer), self:
+            traced: torch.Tensor = torch.ops.aten._convolution.default(*args, *flags)
+        return traced
+
     def product(
         self,
         name: str,
@@ -176,14 +194,11 @@ class _Mode(TorchDispatchMode):
             arguments = {key: value for key, value in inputs.items() if key != "geometry"}
             if inputs.get("geometry") is not None:
                 arguments.update(inputs["geometry"]._asdict())
-            self._products.append((name, self._begin(name, f"cnmix::{name}", arguments, None, dict(bits))))
-            return
-        while self._products:
-            begun, opened = self._products.pop()
-            if begun == name:
-                self._end(opened, _result_of(outputs))
-                return
-            self._close(opened)  # it raised
+            self._products.append(self._begin(name, f"cnmix::{name}", arguments, None, dict(bits)))
+        elif self._products and phase == "ends":
+            self._end(self._products.pop(), _result_of(outputs))
+        elif self._products:
+            self._close(self._products.pop())
 
     def _begin(self, *what: Any) -> list[tuple[OperatorObserver, OperatorCall]]:
         with _unseen():

@@ -60,3 +60,38 @@ def test_a_range_reads_well_and_counts_what_the_shapes_say():
 def test_other_names_are_none():
     assert profiling.parse("aten::mm") is None
     assert profiling.parse("cnmix::product") is None
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_listener_is_told_what_was_multiplied_once(kind):
+    told = []
+    token = profiling.product_listener.set(lambda *what: told.append(what))
+    try:
+        torch.manual_seed(0)
+        found = CALLS[kind]()
+    finally:
+        profiling.product_listener.reset(token)
+    torch.manual_seed(0)
+    assert torch.equal(CALLS[kind](), found)
+    ((bits, macs, numbers),) = told
+    assert (bits, macs) == ((8, 16), MACS.get(kind, ONE_CONVOLUTION))
+    sizes = {
+        "matmul": (15, 35),
+        "batched_matmul": (30, 70),
+        "convolution": (2 * 4 * 56, 72),
+        "convolution_grad_input": (2 * 6 * 24, 72),
+        "convolution_grad_weight": (2 * 6 * 24, 2 * 4 * 56),
+    }
+    assert numbers == sizes[kind]
+
+
+def test_a_listener_hears_nothing_of_a_product_that_fails():
+    told = []
+    token = profiling.product_listener.set(lambda *what: told.append(what))
+    try:
+        with pytest.raises(ValueError, match="smaller than the kernel"):
+            kernels.convolution(operand(1, 1, 2, 2), operand(1, 1, 3, 3), (1, 1), (0, 0), (1, 1), 1)
+        kernels.matmul(operand(3, 5), operand(5, 7))
+    finally:
+        profiling.product_listener.reset(token)
+    assert told == [((8, 8), 105, (15, 35))]

@@ -12,7 +12,7 @@ from cnmix.nn import convert
 from cnmix.rules import Rule
 from cnmix.torch_mlu.cards import find_card
 from cnmix.torch_mlu.catch_perf import profiler
-from cnmix.torch_mlu.core import mlu_model
+from cnmix.torch_mlu.core import mlu_model, mlu_quantize
 from cnmix.torch_mlu.cost_model import LAUNCH, Product
 from cnmix.torch_mlu.settings import configure, settings
 
@@ -106,11 +106,24 @@ def test_the_estimate_is_of_the_emulated_card_and_its_mode(emulated, in_float, o
     assert pro.operators[0].operands == f"{operands} × {operands}"
 
 
+@pytest.mark.parametrize("bits", [8, 16, 31])
+def test_a_width_that_the_script_sets_for_float_products_counts(bits):
+    mlu_model.set_quantized_bitwidth(bits)
+    with profiler.profile("MLU270") as pro:
+        on_card(4, 4) @ on_card(4, 4)
+        on_card(4, 4).half() @ on_card(4, 4).half()
+    halves = min(bits, 16)
+    assert [each.operands for each in named(pro, "aten::mm")] == [
+        f"int{bits} × int{bits}",
+        f"int{halves} × int{halves}",
+    ]
+
+
 @pytest.fixture(autouse=True)
 def float_products_as_before():
     before = settings()
     yield
-    configure(floating=before.floating)
+    configure(floating=before.floating, product_bits=before.product_bits)
 
 
 def test_another_card_can_be_estimated_than_the_emulated_one():
@@ -168,6 +181,24 @@ def test_mixed_widths_are_seen():
     assert {tuple(sorted(each[1:])) for each in backward.estimate.products} == {("int16", "int8")}
     rate = find_card("MLU270").rate("int16", "int16")
     assert backward.estimate.compute == pytest.approx(2 * 3 * 6 * 4 / rate)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_modules_quantized_for_inference_have_the_width_of_their_scales(bits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    measured = mlu_quantize.quantize_dynamic_mlu(net, {"iteration": 1}, dtype=f"int{bits}", gen_quant=True)
+    measured(images)
+    ready = mlu_quantize.quantize_dynamic_mlu(net)
+    ready.load_state_dict(measured.state_dict())
+    ready.to("mlu")
+    images = images.to("mlu")
+    with profiler.profile("MLU220") as pro, torch.no_grad():
+        ready(images)
+    kind = f"int{bits}"
+    found = [each.estimate.products for each in pro.operators if each.operands]
+    assert found == [(Product(2 * 8 * 36 * 27, kind, kind),), (Product(2 * 288 * 4, kind, kind),)]
 
 
 @pytest.mark.parametrize("module", [nn.LSTM(4, 5), nn.GRUCell(4, 5), nn.MultiheadAttention(4, 2)])
@@ -253,6 +284,17 @@ def test_operators_after_one_that_raised_are_seen():
             torch.mm(x, x)
         x + 1
     assert [each.name for each in pro.operators] == ["aten::add"]
+
+
+def test_operators_after_a_product_that_raised_are_seen(quantized):
+    convolution = quantized[0]
+    with profiler.profile() as pro:
+        with pytest.raises(ValueError, match="smaller than the kernel"):
+            convolution(on_card(1, 4, 2, 2))
+        convolution(on_card(1, 4, 3, 3))
+        on_card(3) + 1
+    names = [each.name for each in pro.operators if each.name != "aten::normal_"]
+    assert names == ["cnmix::quantize_convolution", "aten::add"]
 
 
 def test_one_profile_at_a_time():

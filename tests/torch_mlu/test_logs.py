@@ -213,6 +213,8 @@ if __name__ == "__main__":
     x = torch.ones(2, 4, device="mlu")
     traced = torch.jit.trace(net, x)
     assert torch.equal(traced(x), net(x))
+    convolution, image = nn.Conv2d(1, 2, 2).to("mlu"), torch.ones(1, 1, 3, 3, device="mlu")
+    assert torch.equal(torch.jit.trace(convolution, image)(-image), convolution(-image))
     try:
         net(torch.ones(2, 5, device="mlu"))
     except RuntimeError:

@@ -301,8 +301,8 @@ class TestOldNames:
         ct._jit_override_can_fuse_on_mlu(False)
 
     def test_what_makes_no_sense_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="16 cores to take, not 17"):
-            ct.set_core_number(17)
+        with pytest.raises(ValueError, match="32 cores to take, not 33"):
+            ct.set_core_number(33)
         with pytest.raises(ValueError, match="no card 'MLU100'"):
             ct.set_core_version("MLU100")
         with pytest.raises(ValueError, match="not 7"):

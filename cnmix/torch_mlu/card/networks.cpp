@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> dropout(const Tensor& input, double p, std::optional<
   if (train.has_value() && !*train) {
     return {to_card(x.clone(), card), to_card(at::ones_like(x, at::kBool), card)};
   }
-  auto noise = at::empty_like(x, at::MemoryFormat::Contiguous).bernoulli_(1 - p);
+  auto noise = at::empty_like(x).bernoulli_(1 - p);
   const auto mask = noise.to(at::kBool);
   return {to_card(x * (p < 1 ? noise.div_(1 - p) : noise), card), to_card(mask, card)};
 }

@@ -8,6 +8,7 @@ pro.export_json("times.json")
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
@@ -131,10 +132,12 @@ class Averages:
         ]
         total = sum(row.device_time for row in self.rows)
         for row in self.rows:
-            host, device = (f"{seconds * 1e6:.1f}" for seconds in (row.host_time, row.device_time))
-            host_each, device_each = (f"{s * 1e6 / row.calls:.1f}" for s in (row.host_time, row.device_time))
-            share = f"{row.device_time / total:.1%}" if total else "–"
-            table.append((row.name, row.operands, f"{row.calls}", host, host_each, device, device_each, share))
+            host = [f"{row.host_time * 1e6:.1f}", f"{row.host_time * 1e6 / row.calls:.1f}"]
+            device = ["–"] * 3  # of copies
+            if row.device_time:
+                device = [f"{row.device_time * 1e6:.1f}", f"{row.device_time * 1e6 / row.calls:.1f}"]
+                device.append(f"{row.device_time / total:.1%}")
+            table.append((row.name, row.operands, f"{row.calls}", *host, *device))
         return f"{self.title}\n{format_table(table)}"
 
 
@@ -158,7 +161,8 @@ class profile(OperatorObserver):
 
     def __init__(self, card: str | None = None) -> None:
         super().__init__()
-        self._model = None if card is None else CostModel.of(find_card(card))
+        self._card = None if card is None else find_card(card)
+        self._model: CostModel | None = None
         self.operators: list[Operator] = []
         self._token: Token[ProductListener | None] | None = None
         self._entered: float | None = None
@@ -173,9 +177,10 @@ class profile(OperatorObserver):
             raise RuntimeError("a profile is entered once: make another with profiler.profile()")
         if product_listener.get() is not None:
             raise RuntimeError("another profile is running: leave its with block before this one")
-        if self._model is None:
-            known = settings()
-            self._model = CostModel(known.card, known.multiplies_in_float)
+        importlib.import_module("torch._dynamo")  # else the first operator loads it, and seems to take a second
+        known = settings()
+        floating = known.multiplies_in_float if self._card is None else self._card.floating
+        self._model = CostModel(self._card or known.card, floating, known.product_bits)
         super().__enter__()
         self._token = product_listener.set(self._hear)
         self._entered = time.perf_counter()
@@ -204,9 +209,11 @@ class profile(OperatorObserver):
             return
         took = time.perf_counter() - self._started
         assert self._model is not None  # set on entering
-        if call.operator is None:
+        estimate: Estimate | None
+        # What PyTorch's own operators multiply does not depend on how this host emulates it.
+        if self._products and not call.full_name.startswith("aten::"):
             traffic = count_traffic(call.arguments, result) + self._integers
-            estimate: Estimate | None = self._model.products(self._products, traffic)
+            estimate = self._model.products(self._products, traffic)
         else:
             estimate = self._model.operator(call.full_name, call.arguments, result)
         if estimate is not NOTHING:
@@ -221,7 +228,7 @@ class profile(OperatorObserver):
     @property
     def card(self) -> str:
         """Name of the card whose time is estimated."""
-        return (self._model.card if self._model else settings().card).name
+        return (self._model.card if self._model else self._card or settings().card).name
 
     @property
     def e2e_time(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -146,8 +147,11 @@ class _Writer(OperatorObserver):
     def __init__(self, folder: Path, use_cpu: bool, level: int) -> None:
         super().__init__()
         self._folder, self._use_cpu, self._level = folder, use_cpu, level
+        self._process = os.getpid()
 
     def begins(self, call: OperatorCall) -> None:
+        if os.getpid() != self._process:  # a fork of this one, as a data loader's: it has a dumper of its own or none
+            return
         folder = self._of(call)
         folder.mkdir(parents=True)
         kinds = _argument_kinds(call)
@@ -160,7 +164,8 @@ class _Writer(OperatorObserver):
                 self._write(folder / "cpu_result", result, _result_kind(call))
 
     def ends(self, call: OperatorCall, result: Any) -> None:
-        self._write(self._of(call) / "cnnl_result", result, _result_kind(call))
+        if os.getpid() == self._process:
+            self._write(self._of(call) / "cnnl_result", result, _result_kind(call))
 
     def _of(self, call: OperatorCall) -> Path:
         above = self._folder if call.parent is None else self._of(call.parent)
@@ -323,7 +328,8 @@ _HOST_FORMS = {
 
 def _on_host(call: OperatorCall) -> tuple[bool, Any]:
     """Returns whether an operator could be computed on the host, and its result."""
-    with contextlib.suppress(Exception), _untouched_random_numbers():
+    with contextlib.suppress(Exception), warnings.catch_warnings(), _untouched_random_numbers():
+        warnings.simplefilter("ignore")
         arguments = dict(call.arguments)
         for name, value in arguments.items():
             # A view is of the memory around it too, and is not written.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .... import kernels
-from ....fixed_point import FixedPoint, choose_position, limits, storage_dtype
+from ....fixed_point import FixedPoint, choose_position, limits
 
 PER_CHANNEL = {3: 8, 4: 16}
 PER_TENSOR = {1: 8, 2: 16}
@@ -58,8 +58,8 @@ def formats(scale: Sequence[float], mode: Sequence[int]) -> Formats:
         bits = PER_TENSOR[mode[0]]
         return Formats(bits, _position(scale[0], bits), bits, _position(scale[1], bits))
     bits = PER_CHANNEL[mode[0]]
-    positions = [_position(each, bits) for each in scale[2:]]
-    middle = (max(positions) + min(positions)) / 2
+    largest, smallest = min(scale[2:]), max(scale[2:])  # magnitudes: a scale is the inverse of one
+    middle = (_position(largest, bits) + _position(smallest, bits)) / 2
     position = int(math.copysign(math.floor(abs(middle) + 0.5), middle))
     of_weight = torch.tensor(scale[2:], dtype=torch.float32)
     qmax = torch.full_like(of_weight, limits(bits)[1])  # a number over a tensor would be rounded twice
@@ -72,10 +72,8 @@ def quantize_weight(weight: Tensor, chosen: Formats) -> FixedPoint:
     if chosen.fine is None:
         return kernels.quantize_measured(weight, chosen.weight_bits, chosen.weight_position)[0]
     step = (math.ldexp(1.0, chosen.weight_position) / chosen.fine).view(-1, *[1] * (weight.dim() - 1))
-    low, high = limits(chosen.weight_bits)
-    finite = bool(weight.isfinite().all())
-    values = (weight.float() / step).round_().clamp_(low, high) if finite else torch.zeros_like(weight)
-    return FixedPoint(values.to(storage_dtype(chosen.weight_bits)), chosen.weight_bits, chosen.weight_position, finite)
+    integers = kernels.quantize_measured(weight.float() / step, chosen.weight_bits, 0)[0]
+    return integers._replace(position=chosen.weight_position)
 
 
 def linear(

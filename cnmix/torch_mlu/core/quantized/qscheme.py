@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -119,9 +120,9 @@ def _check(scheme: Scheme) -> None:
         if getattr(scheme, name) not in (True, False):
             raise ValueError(f"qconfig_spec: {name} must be True or False, got {getattr(scheme, name)!r}")
     iteration = scheme.iteration
-    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 1:
+    if not isinstance(iteration, numbers.Integral) or isinstance(iteration, bool) or iteration < 1:
         raise ValueError(f"qconfig_spec: iteration must be a whole number, at least 1, got {iteration!r}")
-    if not isinstance(scheme.data_scale, (int, float)) or not 0 < scheme.data_scale < float("inf"):
+    if not isinstance(scheme.data_scale, numbers.Real) or not 0 < scheme.data_scale < float("inf"):
         raise ValueError(f"qconfig_spec: data_scale must be a positive number, got {scheme.data_scale!r}")
     if scheme.method not in mlu_activation_observer_dict:
         raise ValueError(f"qconfig_spec: method must be 'minmax', got {scheme.method!r}")
