@@ -250,11 +250,10 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   run_on_host(op, stack);
 }
 
-// Kernels for lists call an operator for each tensor: on the host there is no crossing for each. Copies may have lists of
-// the host and of several cards, and cross by themselves. The others ask for the host, or whether two references are one.
-bool runs_on_host_though_composite(const std::string& name, const std::string& full) {
-  return (name.rfind("aten::_foreach_", 0) == 0 && name.rfind("aten::_foreach_copy", 0) != 0) ||
-      full == "aten::mode.values" || full == "aten::addr_" || full == "aten::conj_physical_";
+// Composite operators that ask for the host by name, or whether two references are one tensor.
+const std::unordered_set<std::string>& composite_on_host() {
+  static const std::unordered_set<std::string> names{"mode.values", "addr_", "conj_physical_"};
+  return names;
 }
 
 // Whether ``tensor.data = other`` can be: as between a host and a device that PyTorch knows, so that a module keeps its
@@ -288,7 +287,7 @@ void register_operators(const std::unordered_set<std::string>& own) {
     const auto op = dispatcher.findOp(name);
     const auto full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
     if (!op.has_value() || name.name.rfind("aten::", 0) != 0 || own.count(full.substr(6)) > 0 || !op->hasSchema() ||
-        !(op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || runs_on_host_though_composite(name.name, full)) ||
+        !(op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || composite_on_host().count(full.substr(6)) > 0) ||
         op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) {
       continue;
     }
