@@ -73,7 +73,7 @@ def configure(**changes: Any) -> None:
     if not 0 <= changed.cards <= 64:
         raise ValueError(f"there can be 0 to 64 emulated cards, not {changed.cards}")
     _current.settings = changed
-    library().set(changed.cards, changed.strict, not changed.multiplies_in_float)
+    library().set(changed.cards, changed.strict, not changed.multiplies_in_float, changed.card.memory)
 
 
 def _from_environment() -> Settings:

@@ -25,7 +25,8 @@ struct Settings {
   std::atomic<bool> strict{false};
   // Whether products of float tensors run as int31, as on the 200 series.
   std::atomic<bool> fixed_point{false};
-  std::atomic<int> log_level{1};
+  // In bytes, of each card; 0 is without end.
+  std::atomic<int64_t> memory{0};
 };
 Settings& settings();
 
@@ -68,6 +69,13 @@ int one_card(const char* op, std::initializer_list<Named> arguments);
 at::Tensor to_card(const at::Tensor& x, int card);
 // The same on a storage that the card has already.
 at::Tensor card_view(const at::Tensor& host, c10::Storage storage);
+
+// Raises where the settings are strict; else says a line once for each text.
+void refuse(const std::string& text);
+// Raises if there is no such card.
+void check_card(int card);
+// Raises if it is of a kind that a card has none of: sparse, quantized, nested.
+void check_result(const std::string& op, const at::Tensor& x);
 
 // Says a line once for each text, by Python's logging where it was set up.
 void warn_once(const std::string& text);

@@ -244,10 +244,7 @@ int current_card() {
 int set_current_card(int card) {
   const int before = current;
   if (card >= 0) {
-    TORCH_CHECK(
-        card < settings().cards,
-        "there is no card mlu:", card, ": this process has ", settings().cards.load(),
-        " (MLU_VISIBLE_DEVICES, or cnmix run --cards N, gives it another number)");
+    check_card(card);
     current = card;
   }
   return before;

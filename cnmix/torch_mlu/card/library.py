@@ -37,9 +37,9 @@ class Library:
         """Registers device, memory and operators with PyTorch; once in a process."""
         self._library.cnmix_card_register(cards, self._say)
 
-    def set(self, cards: int, strict: bool, fixed_point: bool) -> None:
-        """Sets the number of cards, the strict mode, and whether float tensors are multiplied as int31."""
-        self._library.cnmix_card_set(cards, strict, fixed_point)
+    def set(self, cards: int, strict: bool, fixed_point: bool, memory: int) -> None:
+        """Sets the number of cards, the strict mode, whether float tensors are multiplied as int31, and each card's bytes."""
+        self._library.cnmix_card_set(cards, strict, fixed_point, ctypes.c_int64(memory))
 
     def current(self) -> int:
         """Returns the current card of this thread."""

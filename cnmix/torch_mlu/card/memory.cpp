@@ -7,6 +7,7 @@
 #include <c10/core/TensorImpl.h>
 
 #include <optional>
+#include <mutex>
 
 namespace cnmix::card {
 
@@ -35,10 +36,31 @@ void release(void* context) {
   delete adopted;
 }
 
+std::string amount(int64_t bytes) {
+  return bytes < (1 << 20) ? std::to_string(bytes) + " bytes" : std::to_string(bytes >> 20) + " MiB";
+}
+
+// Takes the bytes back, and raises, where the settings are strict.
+void exceeded(int card, int64_t bytes, int64_t limit) {
+  if (!settings().strict) {
+    warn_once(
+        "the tensors of mlu:" + std::to_string(card) + " take more than the " + amount(limit) +
+        " of the card: it would be out of memory");
+    return;
+  }
+  const int64_t before = memory(card).allocated -= bytes;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, false, "mlu:", card, " is out of memory: tried to allocate ", amount(bytes), " where ",
+      amount(before), " of its ", amount(limit), " are taken");
+}
+
 c10::DataPtr adopt(c10::Storage host, int card) {
   const auto bytes = static_cast<int64_t>(host.nbytes());
   auto& counts = memory(card);
   const int64_t now = counts.allocated += bytes;
+  if (const int64_t limit = settings().memory; limit > 0 && now > limit) {
+    exceeded(card, bytes, limit);
+  }
   int64_t peak = counts.peak;
   while (now > peak && !counts.peak.compare_exchange_weak(peak, now)) {
   }
@@ -46,6 +68,24 @@ c10::DataPtr adopt(c10::Storage host, int card) {
   void* data = host.mutable_data();
   auto* adopted = new Adopted{std::move(host), bytes, card};
   return {data, adopted, &release, c10::Device(kCard, static_cast<c10::DeviceIndex>(card))};
+}
+
+// Memory that PyTorch calls the card's though it is not from here: writing a storage to a file makes a tensor of a bare
+// address. The host has the bytes, and nothing is counted.
+void take_over(c10::StorageImpl* storage) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (storage->data_ptr().get_deleter() == &release) {
+    return;  // another thread was first
+  }
+  const auto device = storage->device();
+  auto* owner = new c10::DataPtr(storage->set_data_ptr(c10::DataPtr(nullptr, device)));
+  void* data = owner->get();
+  auto host = c10::Storage(
+      c10::Storage::use_byte_size_t(), storage->nbytes(),
+      c10::DataPtr(data, owner, [](void* it) { delete static_cast<c10::DataPtr*>(it); }, c10::Device(c10::kCPU)),
+      c10::GetCPUAllocator(), true);
+  storage->set_data_ptr_noswap({data, new Adopted{std::move(host), 0, device.index()}, &release, device});
 }
 
 c10::Storage new_host_storage(size_t bytes) {
@@ -87,7 +127,9 @@ c10::Allocator* allocator() {
 
 const c10::Storage& host_storage(const c10::Storage& card) {
   const auto& data = card.data_ptr();
-  TORCH_CHECK(data.get_deleter() == &release, "this storage is on no card of this process");
+  if (data.get_deleter() != &release) {
+    take_over(card.unsafeGetStorageImpl());
+  }
   return static_cast<Adopted*>(data.get_context())->host;
 }
 
@@ -114,7 +156,8 @@ at::Tensor host_view(const at::Tensor& x) {
   auto view = c10::make_intrusive<c10::TensorImpl>(
       c10::Storage(host_storage(impl->storage())), c10::DispatchKeySet(c10::DispatchKey::CPU), impl->dtype());
   copy_geometry(impl, view.get());
-  if (!impl->is_inference()) {
+  view->set_allow_tensor_metadata_change(impl->allow_tensor_metadata_change());
+  if (!impl->is_inference() && !view->is_inference()) {
     view->set_version_counter(impl->version_counter());
   }
   return at::Tensor(std::move(view));
@@ -122,6 +165,9 @@ at::Tensor host_view(const at::Tensor& x) {
 
 at::Tensor card_view(const at::Tensor& host, c10::Storage storage) {
   const auto* impl = host.unsafeGetTensorImpl();
+  if (settings().strict && (host.scalar_type() == c10::kDouble || host.scalar_type() == c10::kComplexDouble)) {
+    warn_once("a tensor of float64 is on a card, which has no such arithmetic (the emulated one has): use float32");
+  }
   auto view = c10::make_intrusive<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), impl->dtype());
   copy_geometry(impl, view.get());

@@ -2,6 +2,7 @@
 #include "card.h"
 
 #include <ATen/ATen.h>
+#include <ATen/native/TensorFactories.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -24,10 +25,9 @@ at::TensorOptions host_options(std::optional<c10::ScalarType> dtype) {
   return at::TensorOptions().device(c10::kCPU).dtype(dtype);
 }
 
-void check_card(int card) {
-  TORCH_CHECK(
-      card < settings().cards, "there is no card mlu:", card, ": this process has ", settings().cards.load(),
-      " (MLU_VISIBLE_DEVICES, or cnmix run --cards N, gives it another number)");
+// Strict: what is read before it was written is NaN, or a type's greatest number, and shows.
+at::Tensor marked(at::Tensor x) {
+  return settings().strict ? at::native::fill_empty_deterministic_(x) : x;
 }
 
 at::Tensor empty(
@@ -36,7 +36,7 @@ at::Tensor empty(
   TORCH_CHECK(!layout.has_value() || *layout == c10::kStrided, "the emulated card has no ", *layout, " tensors");
   const int card = card_of(device);
   check_card(card);
-  return to_card(at::empty(size, host_options(dtype), format), card);
+  return to_card(marked(at::empty(size, host_options(dtype), format)), card);
 }
 
 at::Tensor empty_strided(
@@ -44,7 +44,7 @@ at::Tensor empty_strided(
     std::optional<c10::Device> device, std::optional<bool>) {
   const int card = card_of(device);
   check_card(card);
-  return to_card(at::empty_strided(size, stride, host_options(dtype)), card);
+  return to_card(marked(at::empty_strided(size, stride, host_options(dtype))), card);
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -142,11 +142,12 @@ __attribute__((visibility("default"))) void cnmix_card_register(int cards, Speak
   cnmix::card::register_collectives();
 }
 
-__attribute__((visibility("default"))) void cnmix_card_set(int cards, bool strict, bool fixed_point) {
+__attribute__((visibility("default"))) void cnmix_card_set(int cards, bool strict, bool fixed_point, int64_t memory) {
   auto& settings = cnmix::card::settings();
   settings.cards = cards;
   settings.strict = strict;
   settings.fixed_point = fixed_point;
+  settings.memory = memory;
 }
 
 __attribute__((visibility("default"))) int cnmix_card_current() {

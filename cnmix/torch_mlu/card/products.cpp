@@ -22,10 +22,9 @@ int one_card(const char* op, std::initializer_list<Named> arguments) {
   for (const auto& each : arguments) {
     if (each.x.defined() && !is_on_card(each.x) && each.x.dim() > 0) {  // a number becomes the card's by itself
       const auto name = "mlu:" + std::to_string(card);
-      const auto text = std::string(op) + " got its argument " + each.name + " from the host and others from " + name +
-          ": a card refuses that; bring it there with .to('" + name + "')";
-      TORCH_CHECK(!settings().strict, text);
-      warn_once(text);
+      refuse(
+          std::string(op) + " got its argument " + each.name + " from the host and others from " + name +
+          ": a card refuses that; bring it there with .to('" + name + "')");
     }
   }
   return card;

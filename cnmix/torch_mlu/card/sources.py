@@ -19,6 +19,7 @@ _SOURCES = (
     "memory.cpp",
     "device.cpp",
     "fallback.cpp",
+    "strict.cpp",
     "operators.cpp",
     "products.cpp",
     "networks.cpp",
