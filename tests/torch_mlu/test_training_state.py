@@ -178,6 +178,7 @@ def test_a_transform_of_torch_func() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_graph_trains_to_the_same_bits() -> None:
     found = []
     for backend in (None, "aot_eager"):
