@@ -38,7 +38,7 @@ class Library:
         self._library.cnmix_card_register(cards, self._say)
 
     def set(self, cards: int, strict: bool, fixed_point: bool, memory: int) -> None:
-        """Sets the number of cards, the strict mode, whether float tensors are multiplied as int31, and each card's bytes."""
+        """Sets the number of cards, strict mode, whether float tensors are multiplied as int31, and a card's bytes."""
         self._library.cnmix_card_set(cards, strict, fixed_point, ctypes.c_int64(memory))
 
     def current(self) -> int:
