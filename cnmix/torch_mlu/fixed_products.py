@@ -2,7 +2,7 @@
 
 The core of an MLU220, MLU270 or MLU290 multiplies integers only. A float model runs there with every operand of every
 product quantized as it comes, at the position that its own largest magnitude asks for: float32 as int31, float16 and
-bfloat16 as int16. float64, which a card has no arithmetic for, is rounded to float32 first. The result has the dtype of
+bfloat16 as int16, both narrower where ``ct.set_quantized_bitwidth`` says so. float64, which a card has no arithmetic for, is rounded to float32 first. The result has the dtype of
 the operands, and is NaN throughout where one of them is not finite. Sums of int31 are those of ``cnmix.kernels`` in its
 default mode, whose normwise error is below 1e-14; a batch of matrices has one position, and so has a convolution.
 
@@ -23,6 +23,7 @@ from .. import kernels
 from ..fixed_point import FixedPoint
 from ..nn.card_tensors import host_by_default
 from ..nn.products import ConvolutionGeometry
+from .settings import settings
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALF, torch.float32, torch.float64)
@@ -170,7 +171,7 @@ def _convolve(
 
 def _quantize(x: Tensor) -> FixedPoint:
     """Quantizes a tensor at the position of its largest magnitude."""
-    bits = 16 if x.dtype in _HALF else 31
+    bits = min(settings().product_bits, 16 if x.dtype in _HALF else 31)
     x = x.resolve_neg()
     return kernels.quantize_measured(x.to(torch.float32) if x.dtype == torch.float64 else x, bits, None)[0]
 

@@ -47,6 +47,21 @@ def close_to(found: Tensor, expected: Tensor) -> bool:
     return torch.equal(found.cpu(), expected.to(found.dtype))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_width_of_all_products_can_be_set(int31_card: None, bits: int) -> None:
+    a, b = random(5, 7), random(7, 3, seed=1)
+    ct.set_quantized_bitwidth(bits)
+    try:
+        found = a.mlu() @ b.mlu()
+    finally:
+        ct.set_quantized_bitwidth(31)
+    operands = []
+    for each in (a, b):
+        position = choose_position(float(each.abs().max()), bits)
+        operands.append(FixedPoint(reference.quantize(each, bits, position), bits, position))
+    assert torch.equal(found.cpu(), reference.matmul(*operands))
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
