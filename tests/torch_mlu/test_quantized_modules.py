@@ -282,6 +282,19 @@ def test_convolutions_of_every_geometry(geometry, per_channel):
         assert torch.equal(run(x[0].to("mlu")).cpu(), run(x[:1].to("mlu"))[0].cpu())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_module_and_its_input_are_on_one_device(strict):
+    cnmix.torch_mlu.install(strict=strict)
+    run = loaded(generated().state_dict())
+    with pytest.raises(RuntimeError, match="'0' is on cpu and got a tensor of mlu:0"):
+        run(IMAGES.to("mlu"))
+    run.to("mlu")
+    with pytest.raises(RuntimeError, match="'0' is on mlu:0 and got a tensor of cpu"):
+        run(IMAGES)
+    with pytest.raises(RuntimeError, match="'3' is on mlu:0 and got a tensor of cpu"):
+        run[3](torch.ones(1, 16))
+
+
 @pytest.mark.parametrize("card", ["MLU220", "MLU270", "MLU370", "MLU590"])
 def test_every_card_computes_the_same_strict_or_not(card):
     run = loaded(generated(mean=[0.5] * 3, std=[0.5] * 3).state_dict()).to("mlu")
