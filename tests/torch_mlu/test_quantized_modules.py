@@ -179,7 +179,9 @@ class TestFirstConvolution:
         [
             ({"0.input_std": None}, "0.input_std missing beside 0.input_mean"),
             ({"0.input_mean": torch.zeros(3)}, r"0.input_mean must have the shape \(1, 3, 1, 1\), got \(3,\)"),
-            ({"0.input_std": torch.zeros(1, 3, 1, 1)}, "0.input_std has a 0"),
+            ({"0.input_std": torch.zeros(1, 3, 1, 1)}, "0.input_std above 0"),
+            ({"0.input_std": -torch.ones(1, 3, 1, 1)}, "0.input_std above 0"),
+            ({"0.input_mean": torch.full((1, 3, 1, 1), torch.nan)}, "0.input_mean must be finite"),
         ],
     )
     def test_wrong_ones_are_named(self, change, message):
