@@ -158,3 +158,14 @@ def test_a_mistake_is_one_line(tmp_path: Path, script, arguments: list[str], mes
     assert message in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
     assert "ran" not in found.stdout
+
+
+def test_the_mnist_guide_trains_saves_quantizes_loads_and_infers(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "mlu_mnist.py"
+    found = run(tmp_path, str(example), "--epochs", "4", "--save", "saved")
+    assert found.returncode == 0, found.stderr
+    accuracies = [float(line.rpartition(": ")[2].rstrip("%")) for line in found.stdout.splitlines()]
+    assert len(accuracies) == 6  # trained, its checkpoint in float, and four ways of quantizing that
+    assert accuracies[0] > 80
+    assert max(accuracies) - min(accuracies) < 3
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.pth", "quantized.pth"}
