@@ -106,6 +106,7 @@ def _register(mlu_model: ModuleType) -> None:
     from .collectives import register_cncl
     from .data_parallel import register_data_parallel
     from .fixed_products import register_products
+    from .pytorch_names import register_names
     from .queues import register_queues
 
     loaded = library()
@@ -124,18 +125,6 @@ def _register(mlu_model: ModuleType) -> None:
     register_cncl()
     register_data_parallel()
     register_queues()
-    _print_on_host()
+    register_names()
     # A backward pass on this thread: another thread would have OpenMP threads of its own, on the same cores.
     torch.autograd.set_multithreading_enabled(False)
-
-
-def _print_on_host() -> None:
-    """Lets the values of the card's tensors be formatted on the host: it takes float64, and many operators."""
-    from torch import _tensor_str
-
-    on_device = _tensor_str._tensor_str
-
-    def on_host(x: torch.Tensor, indent: int) -> str:
-        return on_device(x.cpu() if x.device.type == "mlu" else x, indent)
-
-    _tensor_str._tensor_str = on_host
