@@ -104,7 +104,10 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
 def _register(mlu_model: ModuleType) -> None:
     from .card import library
     from .collectives import register_cncl
+    from .data_parallel import register_data_parallel
     from .fixed_products import register_products
+    from .pytorch_names import register_names
+    from .queues import register_queues
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
@@ -120,5 +123,8 @@ def _register(mlu_model: ModuleType) -> None:
     torch.backends.mlufusion = mlufusion  # type: ignore[attr-defined]
     sys.modules["torch.backends.mlufusion"] = mlufusion
     register_cncl()
+    register_data_parallel()
+    register_queues()
+    register_names()
     # A backward pass on this thread: another thread would have OpenMP threads of its own, on the same cores.
     torch.autograd.set_multithreading_enabled(False)

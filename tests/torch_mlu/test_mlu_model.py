@@ -353,3 +353,26 @@ class TestAutocast:
         scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == 4
+
+
+def test_pytorchs_own_names_know_the_card(capfd: pytest.CaptureFixture[str]) -> None:
+    from torch.mlu.amp import GradScaler, autocast
+
+    assert (GradScaler, autocast) == (torch.mlu.amp.GradScaler, torch.mlu.amp.autocast)
+    for kwargs in ({"use_mlu": True}, {"use_device": "mlu"}):
+        with torch.autograd.profiler.profile(**kwargs) as profiled:
+            torch.ones(2, device="mlu") + 1
+        assert any(each.key == "aten::add" for each in profiled.key_averages())
+        assert "aten::add" in profiled.key_averages().table()
+    assert "Exception" not in capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*set_default_tensor_type")
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_default_tensor_type(by_name: bool) -> None:
+    try:
+        torch.set_default_tensor_type("torch.mlu.HalfTensor" if by_name else torch.mlu.HalfTensor)
+        assert (str(torch.zeros(1).device), torch.zeros(1).dtype) == ("mlu:0", torch.float16)
+    finally:
+        torch.set_default_tensor_type("torch.FloatTensor" if by_name else torch.FloatTensor)
+    assert (str(torch.zeros(1).device), torch.zeros(1).dtype) == ("cpu", torch.float32)

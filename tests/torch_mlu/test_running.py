@@ -99,6 +99,10 @@ def work(rank, port):
     scattered = torch.zeros(1, device="mlu")
     dist.scatter(scattered, [torch.tensor([float(i)], device="mlu") for i in range(2)] if rank == 0 else None, src=0)
     assert scattered.item() == rank
+    norm = torch.nn.SyncBatchNorm(3).to("mlu")
+    images = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    norm(images[2 * rank : 2 * rank + 2].to("mlu")).square().sum().backward()
+    torch.testing.assert_close(norm.running_mean.cpu(), images.mean((0, 2, 3)) * 0.1)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -115,6 +119,7 @@ if __name__ == "__main__":
 def test_spawned_processes_have_it_and_average_gradients_with_cncl(tmp_path: Path, script) -> None:
     found = run(tmp_path, "--cards", "2", script(SPAWNING))
     assert found.stdout == "done\n", found.stderr
+    assert "Time stats" not in found.stderr
 
 
 def test_what_the_script_starts_has_it(tmp_path: Path, script) -> None:

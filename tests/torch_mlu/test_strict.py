@@ -296,3 +296,15 @@ def test_modules_that_make_tensors_of_their_own(strict: None) -> None:
     norm = nn.BatchNorm2d(3).to("mlu")
     norm(card(2, 3, 4, 4)).sum().backward()
     assert norm.num_batches_tracked.is_mlu
+
+
+def test_float64_is_logged_where_the_script_made_it(strict: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "torch_mlu"):
+        repr(card(3))
+        scaler = torch.amp.GradScaler("mlu")
+        model = nn.Linear(2, 1).to("mlu")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler.scale(model(card(3, 2)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert "float64" not in caplog.text

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from cnmix.torch_mlu.catch_perf.profiler import profile
 
 
 def test_views_share_memory_and_versions() -> None:
@@ -173,9 +176,56 @@ def test_files_and_copies() -> None:
     assert (b[0].item(), x[1].item()) == (5.0, 1.0)
 
 
-def test_another_process_cannot_have_it() -> None:
-    with pytest.raises(RuntimeError, match="only available on CPU"):
-        torch.multiprocessing.get_context("spawn").SimpleQueue().put(torch.ones(3, device="mlu"))
+def test_another_process_gets_a_copy() -> None:
+    queue: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    weight = nn.Parameter(torch.ones(3, device="mlu:1", dtype=torch.bfloat16))
+    view = torch.arange(6.0, device="mlu:1").view(2, 3).t()[1:]
+    for x in (view, weight, weight.detach().requires_grad_(), weight.data):
+        queue.put(x)
+        got = queue.get()
+        assert (type(got), got.device, got.requires_grad) == (type(x), x.device, x.requires_grad)
+        assert torch.equal(got, x)
+    with pytest.raises(RuntimeError, match=r"send x\.detach\(\)"):
+        queue.put(weight * 2)
+    host = torch.ones(2)
+    queue.put(host)
+    queue.get()[0] = 5
+    assert host[0] == 5  # the host's are shared, as ever
+
+
+class Squares(torch.utils.data.Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([float(index)], device="mlu").square()
+
+
+def test_workers_of_a_loader_may_compute_on_the_card() -> None:
+    batches = list(torch.utils.data.DataLoader(Squares(), 2, num_workers=1))
+    assert [x.is_mlu for x in batches] == [True, True]
+    assert torch.cat(batches).flatten().tolist() == [0, 1, 4, 9]
+
+
+def test_queues_may_use_its_memory() -> None:
+    x = torch.ones(3, device="mlu")
+    x.record_stream(torch.mlu.Stream())
+    x.record_stream(torch.mlu.current_stream())
+
+
+def test_an_operator_without_a_kernel_says_so_in_a_line() -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        torch._cudnn_rnn_flatten_weight([torch.ones(2, 2, device="mlu")] * 4, 2, 2, 2, 2, 0, 1, False, False)
+    assert str(caught.value).splitlines()[0].endswith("and the host has none for this operator")
+    assert len(str(caught.value)) < 200
+
+
+def test_values_are_formatted_on_the_host() -> None:
+    x = torch.tensor([[1.5, float("nan")], [2e9, -1.0]], device="mlu", requires_grad=True)
+    assert repr(x) == repr(x.detach().cpu()).replace(")", ", device='mlu:0', requires_grad=True)")
+    with profile() as perf:
+        repr(x)
+    assert not perf.operators
 
 
 def test_generators() -> None:

@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/library.h>
 
 namespace cnmix::card {
@@ -26,10 +27,20 @@ IValue to_host(const IValue& value) {
   return value;
 }
 
+// A card's backend counts elements here, where the host's wants a first dimension that the processes divide.
+bool is_flat(const std::string& name) {
+  return name == "c10d::_allgather_base_" || name == "c10d::_reduce_scatter_base_";
+}
+
 void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t begin = stack->size() - op.schema().arguments().size();
+  const bool flat = is_flat(op.schema().name());
   for (size_t i = begin; i < stack->size(); ++i) {
-    (*stack)[i] = to_host((*stack)[i]);
+    auto& value = (*stack)[i];
+    value = to_host(value);
+    if (flat && value.isTensor() && value.toTensor().is_contiguous()) {
+      value = value.toTensor().view(-1);
+    }
   }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
 }
@@ -57,3 +68,25 @@ void register_collectives() {
 }
 
 }  // namespace cnmix::card
+
+namespace c10d {
+
+namespace {
+
+// DDP times its steps with one of these, and says in every process that a device has none.
+class CardTimer final : public Timer {
+ public:
+  explicit CardTimer(c10::Device) {}
+
+  std::optional<int64_t> measureDifference(Event start, Event end) override {
+    const auto begin = getTimeRef(start), finish = getTimeRef(end);
+    return begin == kUnsetTime || finish == kUnsetTime || finish < begin ? std::nullopt
+                                                                         : std::optional<int64_t>(finish - begin);
+  }
+};
+
+}  // namespace
+
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::DeviceType::PrivateUse1, CardTimer)
+
+}  // namespace c10d

@@ -5,6 +5,7 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/profiler/stubs/base.h>
 
 #include <chrono>
 #include <mutex>
@@ -235,6 +236,36 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
+// PyTorch's profiler asks these for the times of the card, which are the host's.
+struct Profiled final : torch::profiler::impl::ProfilerStubs {
+  using Event = torch::profiler::impl::ProfilerVoidEventStub;
+
+  void record(c10::DeviceIndex* device, Event* event, int64_t* host_ns) const override {
+    if (device != nullptr) {
+      *device = static_cast<c10::DeviceIndex>(current);
+    }
+    *event = std::make_shared<double>(now_ms());
+    if (host_ns != nullptr) {
+      *host_ns = static_cast<int64_t>(*static_cast<double*>(event->get()) * 1e6);
+    }
+  }
+  float elapsed(const Event* begin, const Event* end) const override {  // in microseconds
+    return static_cast<float>((*static_cast<double*>(end->get()) - *static_cast<double*>(begin->get())) * 1e3);
+  }
+  void mark(const char*) const override {}
+  void rangePush(const char*) const override {}
+  void rangePop() const override {}
+  bool enabled() const override {
+    return true;
+  }
+  void onEachDevice(std::function<void(int)> each) const override {
+    for (int card = 0; card < settings().cards; ++card) {
+      each(card);
+    }
+  }
+  void synchronize() const override {}
+};
+
 }  // namespace
 
 int current_card() {
@@ -261,6 +292,8 @@ void register_device() {
   static const c10::impl::DeviceGuardImplRegistrar registered(kCard, &guard);
   c10::SetAllocator(kCard, allocator());
   at::RegisterPrivateUse1HooksInterface(&hooks);
+  static Profiled profiled;
+  torch::profiler::impl::registerPrivateUse1Methods(&profiled);
 }
 
 }  // namespace cnmix::card

@@ -217,7 +217,15 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       !call.card_generator || call.card >= 0, "Expected a 'cpu' device type for generator but found 'mlu' (",
       schema.name(), ")");
   const int card = call.card < 0 ? current_card() : call.card;
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  try {
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  } catch (const c10::NotImplementedError&) {
+    // Else PyTorch's list of all backends, and that the CPU has no kernel, where a script names the card.
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU), schema.name(),
+        ": the emulated card runs the host's kernels, and the host has none for this operator");
+    throw;
+  }
 
   for (const auto& pair : call.pairs) {
     if (pair.written) {

@@ -165,7 +165,9 @@ at::Tensor host_view(const at::Tensor& x) {
 
 at::Tensor card_view(const at::Tensor& host, c10::Storage storage) {
   const auto* impl = host.unsafeGetTensorImpl();
-  if (settings().strict && (host.scalar_type() == c10::kDouble || host.scalar_type() == c10::kComplexDouble)) {
+  // Numbers are let pass: PyTorch's own GradScaler makes one.
+  if (settings().strict && host.dim() > 0 &&
+      (host.scalar_type() == c10::kDouble || host.scalar_type() == c10::kComplexDouble)) {
     warn_once("a tensor of float64 is on a card, which has no such arithmetic (the emulated one has): use float32");
   }
   auto view = c10::make_intrusive<c10::TensorImpl>(

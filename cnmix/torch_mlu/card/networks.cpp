@@ -159,6 +159,83 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& mask, double scale) {
   return to_card(host_of(grad) * (scale > 0 ? noise.div(1 / scale) : noise), grad.device().index());
 }
 
+// Batch norms over several processes, which the host has no kernels for: its processes exchange statistics between these.
+
+Tensor wide(const Tensor& x) {
+  return x.scalar_type() == c10::kHalf || x.scalar_type() == c10::kBFloat16 ? x.to(c10::kFloat) : x;
+}
+
+std::vector<int64_t> all_but_channels(const Tensor& x) {
+  std::vector<int64_t> dims;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (i != 1) {
+      dims.push_back(i);
+    }
+  }
+  return dims;
+}
+
+// As the factor of each channel of x.
+Tensor per_channel(const Tensor& factor, const Tensor& x) {
+  std::vector<int64_t> shape(x.dim(), 1);
+  shape[1] = -1;
+  return factor.reshape(shape);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, double eps) {
+  const auto [variance, mean] = at::var_mean(wide(x), all_but_channels(x), /*unbiased=*/false);
+  return {mean, (variance + eps).rsqrt()};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_gather_stats(
+    const Tensor&, const Tensor& means, const Tensor& inverse_deviations, const MaybeTensor& running_mean,
+    const MaybeTensor& running_variance, double momentum, double eps, const Tensor& counts) {
+  const auto n = counts.to(means.scalar_type()).unsqueeze(1);
+  const auto all = n.sum();
+  const auto mean = (means * n).sum(0) / all;
+  const auto squares = ((inverse_deviations.pow(-2) - eps + (means - mean).square()) * n).sum(0);
+  if (running_mean.has_value() && running_mean->defined()) {
+    running_mean->mul_(1 - momentum).add_(mean, momentum);
+  }
+  if (running_variance.has_value() && running_variance->defined()) {
+    running_variance->mul_(1 - momentum).add_(squares / (all - 1), momentum);
+  }
+  return {mean, (squares / all + eps).rsqrt()};
+}
+
+Tensor batch_norm_elements(
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean, const Tensor& inverse_deviation,
+    double) {
+  auto y = (wide(x) - per_channel(mean, x)) * per_channel(inverse_deviation, x);
+  if (weight.has_value() && weight->defined()) {
+    y = y * per_channel(*weight, x);
+  }
+  if (bias.has_value() && bias->defined()) {
+    y = y + per_channel(*bias, x);
+  }
+  return y.to(x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_reduce(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& inverse_deviation, const MaybeTensor& weight, bool,
+    bool, bool) {
+  const auto dims = all_but_channels(x);
+  const auto sum = wide(grad).sum(dims);
+  const auto products = (wide(grad) * (wide(x) - per_channel(mean, x))).sum(dims);
+  const auto kind = weight.has_value() && weight->defined() ? weight->scalar_type() : sum.scalar_type();
+  return {sum, products, (products * inverse_deviation).to(kind), sum.to(kind)};
+}
+
+Tensor batch_norm_backward_elements(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& inverse_deviation, const MaybeTensor& weight,
+    const Tensor& sum, const Tensor& products, const Tensor& counts) {
+  const auto all = counts.sum().to(sum.scalar_type());
+  const auto slope = inverse_deviation.square() * products / all;
+  auto y = wide(grad) - per_channel(sum / all, x) - (wide(x) - per_channel(mean, x)) * per_channel(slope, x);
+  y = y * per_channel(inverse_deviation, x);
+  return (weight.has_value() && weight->defined() ? y * per_channel(*weight, x) : y).to(x.scalar_type());
+}
+
 }  // namespace
 
 }  // namespace cnmix::card
@@ -180,6 +257,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_thnn_fused_gru_cell_backward", TORCH_FN(gru_cell_backward));
   library.impl("native_dropout", TORCH_FN(dropout));
   library.impl("native_dropout_backward", TORCH_FN(dropout_backward));
+  library.impl("batch_norm_stats", TORCH_FN(batch_norm_stats));
+  library.impl("batch_norm_gather_stats_with_counts", TORCH_FN(batch_norm_gather_stats));
+  library.impl("batch_norm_elemt", TORCH_FN(batch_norm_elements));
+  library.impl("batch_norm_backward_reduce", TORCH_FN(batch_norm_backward_reduce));
+  library.impl("batch_norm_backward_elemt", TORCH_FN(batch_norm_backward_elements));
   // Written out on the card, so that their products are the card's.
   library.impl("_native_multi_head_attention", TORCH_FN(at::native::native_multi_head_attention_cpu));
   library.impl("_transformer_encoder_layer_fwd", TORCH_FN(at::native::transformer_encoder_layer_forward));

@@ -59,6 +59,9 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   return copy_from(from, to, false);
 }
 
+// Memory is never given back while a queue may use it: operations have finished when they return.
+void record_stream(at::Tensor&, c10::Stream) {}
+
 // Between the card's world and the host's, for kernels that read pointers: no copy, and differentiable.
 
 at::Tensor host_kernel(const at::Tensor& x) {
@@ -134,6 +137,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty_strided", TORCH_FN(empty_strided));
   library.impl("_copy_from", TORCH_FN(copy_from));
   library.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
+  library.impl("record_stream", TORCH_FN(record_stream));
 }
 
 extern "C" {
