@@ -115,6 +115,72 @@ def test_a_folder_of_that_name_is_not_the_vendors_package(tmp_path: Path) -> Non
     )
 
 
+def test_a_module_that_a_script_made_is_not_the_vendors_package() -> None:
+    python("""
+        import sys, types
+        sys.modules["torch_mlu"] = types.ModuleType("torch_mlu")
+        import cnmix.torch_mlu
+        cnmix.torch_mlu.install()
+        import torch_mlu
+        assert torch_mlu is cnmix.torch_mlu
+    """)
+
+
+def test_what_cannot_be_had_changes_nothing() -> None:
+    printed = python("""
+        import os, torch, cnmix.torch_mlu
+        for arguments in ({"cards": 65}, {"card_name": "MLU100"}):
+            try:
+                cnmix.torch_mlu.install(**arguments)
+            except ValueError as error:
+                print(error)
+        os.environ["MLU_VISIBLE_DEVICES"] = ",".join(map(str, range(65)))
+        try:
+            cnmix.torch_mlu.install()
+        except ValueError as error:
+            print(error)
+        print(cnmix.torch_mlu.is_installed(), hasattr(torch, "mlu"), hasattr(torch.Tensor, "mlu"))
+    """)
+    assert printed.count("0 to 64 emulated cards, not 65") == 2
+    assert "no card 'MLU100'" in printed
+    assert printed.splitlines()[-1] == "False False False"
+
+
+def test_threads_import_the_vendors_names_at_once() -> None:
+    import importlib
+    import threading
+
+    import torch_mlu
+
+    names = [
+        "core.mlu_model",
+        "core.mlu_quantize",
+        "core.device.notifier",
+        "core.amp",
+        "logs",
+        "core.quantized.qscheme",
+    ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            for name in names:
+                sys.modules.pop(f"torch_mlu.{name}", None)
+            threads = [threading.Thread(target=importlib.import_module, args=(f"torch_mlu.{name}",)) for name in names]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+            for name in names:
+                module = sys.modules[f"torch_mlu.{name}"]
+                assert module.__name__ == module.__spec__.name == f"cnmix.torch_mlu.{name}"
+                assert module.__package__ == f"cnmix.torch_mlu.{name}".rpartition(".")[0]
+                assert not hasattr(module, "__path__")
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch_mlu.core.mlu_model is sys.modules["torch_mlu.core.mlu_model"]
+
+
 def test_another_private_use_device_is_left_alone() -> None:
     printed = python("""
         import torch, cnmix.torch_mlu
