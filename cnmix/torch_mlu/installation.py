@@ -119,7 +119,7 @@ def _register(mlu_model: ModuleType) -> None:
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
-    loaded.register(1)
+    loaded.register()
     register_products()
     torch._register_device_module("mlu", mlu_model)
     torch.utils.generate_methods_for_privateuse1_backend(

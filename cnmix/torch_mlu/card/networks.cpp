@@ -15,11 +15,6 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-const Tensor& or_undefined(const MaybeTensor& x) {
-  static const Tensor undefined;
-  return x.has_value() ? *x : undefined;
-}
-
 MaybeTensor host_of_optional(const MaybeTensor& x) {
   return x.has_value() && x->defined() ? MaybeTensor(host_of(*x)) : std::nullopt;
 }
