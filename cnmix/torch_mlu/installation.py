@@ -72,7 +72,8 @@ def vendor_package() -> str | None:
 def install(cards: int | None = None, *, strict: bool | None = None, card_name: str | None = None) -> None:
     """Puts the emulated ``torch_mlu`` and the device ``mlu`` in place, for this process, until it ends.
 
-    Calling it again changes the settings that are given.
+    Calling it again changes the settings that are given. Call it on the thread that trains: a backward pass runs there
+    then, where another thread's runs on PyTorch's threads, of which there is one for each card that the first one saw.
 
     Args:
         cards: how many cards there are. None is as many as ``MLU_VISIBLE_DEVICES`` names, or one.
