@@ -102,8 +102,34 @@ def work(rank, port):
     scattered = torch.zeros(1, device="mlu")
     dist.scatter(scattered, [torch.tensor([float(i)], device="mlu") for i in range(2)] if rank == 0 else None, src=0)
     assert scattered.item() == rank
+    gathered = torch.zeros(1, 2, device="mlu")
+    dist.all_gather_into_tensor(gathered, torch.full((1, 1), rank + 1.0, device="mlu"))
+    assert gathered.tolist() == [[1, 2]]
+    normalize_all(rank)
     dist.barrier()
     dist.destroy_process_group()
+
+def normalize_all(rank):  # over both processes, as one does on the host that has all rows
+    x = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(5))
+    weights = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(6))
+    rows = slice(0, 2) if rank == 0 else slice(2, 6)
+    whole, here = torch.nn.BatchNorm1d(3), torch.nn.SyncBatchNorm(3).mlu()
+    torch.nn.init.uniform_(whole.weight, generator=torch.Generator().manual_seed(7))
+    here.load_state_dict(whole.state_dict())
+    for module, x, weights in ((whole, x, weights), (here, x[rows].mlu(), weights[rows].mlu())):
+        leaf = x.detach().requires_grad_()
+        y = module(leaf)
+        (y * weights).sum().backward()
+        if x.is_cpu:
+            expected = y.detach()[rows], leaf.grad[rows]
+    torch.testing.assert_close(y.detach().cpu(), expected[0])
+    torch.testing.assert_close(leaf.grad.cpu(), expected[1])
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(here, name).cpu(), getattr(whole, name))
+    for name in ("weight", "bias"):
+        gradient = getattr(here, name).grad
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient.cpu(), getattr(whole, name).grad)
 
 if __name__ == "__main__":
     import socket

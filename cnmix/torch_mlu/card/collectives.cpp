@@ -31,6 +31,12 @@ void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = begin; i < stack->size(); ++i) {
     (*stack)[i] = to_host((*stack)[i]);
   }
+  if (op.schema().name() == "c10d::_allgather_base_") {
+    // A card's backend gathers bytes, whatever the shapes; gloo wants the first dimension to be that of the processes.
+    for (size_t i = begin; i < begin + 2; ++i) {
+      (*stack)[i] = IValue((*stack)[i].toTensor().view({-1}));
+    }
+  }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
 }
 
