@@ -2,9 +2,10 @@
 
 The core of an MLU220, MLU270 or MLU290 multiplies integers only. A float model runs there with every operand of every
 product quantized as it comes, at the position that its own largest magnitude asks for: float32 as int31, float16 and
-bfloat16 as int16, both narrower where ``ct.set_quantized_bitwidth`` says so. float64, which a card has no arithmetic for, is rounded to float32 first. The result has the dtype of
-the operands, and is NaN throughout where one of them is not finite. Sums of int31 are those of ``cnmix.kernels`` in its
-default mode, whose normwise error is below 1e-14; a batch of matrices has one position, and so has a convolution.
+bfloat16 as int16, both narrower where ``ct.set_quantized_bitwidth`` says so. float64, which a card has no arithmetic
+for, is rounded to float32 first. The result has the dtype of the operands, and is NaN throughout where one of them is
+not finite. Sums of int31 are those of ``cnmix.kernels`` in its default mode, whose normwise error is below 1e-14; a
+batch of matrices has one position, and so has a convolution.
 
 The card's library calls these operators for products of tensors on such a card, forward and backward, with the host's
 tensors on the same bytes.

@@ -18,6 +18,12 @@ _CARD = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 _COMPOSITE = ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
 
 
+# What computes nothing: detach, which would come here again from within, and what PyTorch asks before x.data = y.
+_QUESTIONS = (torch.ops.aten.detach.default, torch.ops.aten._has_compatible_shallow_copy_type.default)
+
+_DTYPES_OF_NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+
+
 @dataclass(frozen=True, eq=False)
 class OperatorCall:
     """One call of an operator that runs on the card.
@@ -142,24 +148,21 @@ class _Mode(TorchDispatchMode):
             return NotImplemented  # a tensor class of its own says what it is made of
         if func is torch.ops.aten.convolution.default and torch._C._get_tracing_state() is not None:
             return self._trace_convolution(*args)
+        given = args, kwargs
+        args, kwargs = numbers_as_tensors(func._schema, args, kwargs)
         if not self.observers or not (_on_card(args) or _on_card(kwargs.values())):
             return func(*args, **kwargs)
-        if func is torch.ops.aten.detach.default:  # computes nothing, and would come here again from within
+        if func in _QUESTIONS:
             return func(*args, **kwargs)
         full_name = func.name()
-        arguments = _by_name(func._schema, args, kwargs)
-        # Only a call from the top makes a tensor of a number, and lets other modes below this one see it. What calls
-        # just its own out form is one operator too.
-        from_top = (
-            _has_number_for_tensor(func._schema, arguments)
-            or _calls_its_out_form(full_name)
-            or bool(_get_current_dispatch_mode_stack())
-        )
+        # Only a call from the top lets other modes below this one see it. What calls just its own out form is one
+        # operator too.
+        from_top = _calls_its_out_form(full_name) or bool(_get_current_dispatch_mode_stack())
         if not from_top and _is_made_of_others(full_name):
             with self:
                 return func.redispatch(_CARD, *args, **kwargs)
         with contextlib.nullcontext() if from_top else self:
-            opened = self._begin(_plain_name(full_name), full_name, arguments, func, {})
+            opened = self._begin(_plain_name(full_name), full_name, _by_name(func._schema, *given), func, {})
             try:
                 result = func(*args, **kwargs) if from_top else func.redispatch(_CARD, *args, **kwargs)
             except BaseException:
@@ -276,11 +279,32 @@ def _calls_its_out_form(full_name: str) -> bool:
     )
 
 
-def _has_number_for_tensor(schema: Any, arguments: Mapping[str, Any]) -> bool:
-    return any(
-        isinstance(arguments[each.name], (int, float, complex)) and "Tensor" in str(each.type)
-        for each in schema.arguments
-    )
+def numbers_as_tensors(
+    schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Returns an operator's arguments with tensors in the places of numbers that were one.
+
+    PyTorch shows ``x % 2`` to Python as ``remainder.Tensor(x, 2)``, and few operators take that back.
+
+    Args:
+        schema: of the operator.
+        args: as they are shown.
+        kwargs: likewise.
+    """
+    if not any(type(each) in _DTYPES_OF_NUMBERS for each in (*args, *kwargs.values())):
+        return args, kwargs
+    tensors = {each.name for each in schema.arguments if "Tensor" in str(each.type)}
+
+    def restored(name: str, value: Any) -> Any:
+        if name not in tensors or type(value) not in _DTYPES_OF_NUMBERS:
+            return value
+        with _unseen():
+            made = torch.tensor(value, dtype=_DTYPES_OF_NUMBERS[type(value)], device="cpu")
+            torch.ops.cnmix_card.mark_number_(made)
+        return made
+
+    positional = tuple(restored(each.name, value) for each, value in zip(schema.arguments, args, strict=False))
+    return positional, {name: restored(name, value) for name, value in kwargs.items()}
 
 
 def _result_of(outputs: Mapping[str, torch.Tensor]) -> Any:

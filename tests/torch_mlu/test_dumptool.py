@@ -66,6 +66,21 @@ def test_levels() -> None:
     assert one_tensor(torch.full((3,), 60000.0, dtype=torch.float16, device=CARD), 1)[1] == "180000"
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (5, 4), (3, 2, 2), (4, 1, 3), (1, 30), (2, 1, 40)])
+def test_the_first_values_are_the_first_of_any_layout(shape: tuple[int, ...]) -> None:
+    x = torch.arange(math.prod(shape), device=CARD).reshape(shape)
+    turned = x.permute(tuple(reversed(range(x.dim()))))
+    for each in (x, turned):
+        assert one_tensor(each, 0)[1:] == [str(i) for i in each.flatten().tolist()[:10]]
+
+
+def test_the_first_values_of_a_large_tensor_are_not_read_from_a_copy() -> None:
+    x = torch.ones(1, 1, device=CARD).expand(2**20, 2**20)  # 4 TiB, if it was a copy
+    here = dumped(lambda: x.view(2**40)) / "1_view"
+    for name in ("mlu_self", "cnnl_result"):
+        assert lines(here / name)[1:] == ["1"] * 10
+
+
 def test_numbers_are_written_with_six_digits() -> None:
     x = torch.tensor([-6.179371, 1 / 3, 1e-7, 1.23456789e10, math.inf, -math.inf, math.nan, -0.0], device=CARD)
     assert one_tensor(x)[1:] == ["-6.17937", "0.333333", "1e-07", "1.23457e+10", "inf", "-inf", "nan", "-0"]

@@ -186,6 +186,22 @@ def test_use_cpu_of_views_sees_the_memory_around_them() -> None:
         assert lines(here / name / "cpu_result") == lines(here / name / "cnnl_result")
 
 
+def test_use_cpu_of_operators_that_take_a_number_for_a_tensor() -> None:
+    x = torch.arange(3, device=CARD)
+    here = dumped(lambda: (x % 2, x & 1, 2 ** x.float(), x * True), use_cpu=True)
+    names = [name for name in folders(here) if "to_copy" not in name]
+    assert [name.partition("_")[2] for name in names if (here / name / "cpu_result").exists()] == [
+        *("remainder", "bitwise_and", "pow", "mul")
+    ]
+    assert lines(here / "1_remainder" / "mlu_other") == ["Scalar : Type = Long", "2"]
+    for name in names:
+        assert lines(here / name / "cpu_result") == lines(here / name / "cnnl_result")
+
+
+def test_moving_a_model_is_not_written() -> None:
+    assert folders(dumped(lambda: small_net().to(CARD))) == []
+
+
 def test_use_cpu_leaves_out_what_is_written_into_and_what_fails() -> None:
     x = torch.ones(3, device=CARD)
     library = torch.library.Library("cnmix_dumped", "DEF")

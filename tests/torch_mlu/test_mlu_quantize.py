@@ -225,6 +225,7 @@ class TestConversion:
             ({"qconfig_spec": {"mean": [0], "std": [0]}}, r"std in \(0, 1\].*std=\[0.0\]"),
             ({"qconfig_spec": {"mean": [124], "std": [0.5]}}, r"mean must lie in \[0, 1\].*\[124.0\]"),
             ({"qconfig_spec": {"mean": [0, 0, 0], "std": [0.5] * 3}}, r"'conv1' has 1 input channels.* 3 values"),
+            ({"mapping": {nn.Linear: nn.Identity}}, r"mapping: .*Identity.* has no from_float\(module\)"),
             ({"mixed_layer": {"conv1": "int4"}}, "mixed_layer: 'conv1' must be 'int8', 'int16' or 'float16'"),
             ({"mixed_layer": {"conv9,conv1": "int8"}}, "this Net has nothing to quantize at 'conv9'"),
         ],

@@ -132,6 +132,33 @@ def test_a_number_keeps_its_place_in_type_promotion() -> None:
         assert (x * 2.0).dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x % 2,
+        lambda x: 2 % (x + 1),
+        lambda x: x & 1,
+        lambda x: (x > 1) | True,
+        lambda x: 4 >> x,
+        lambda x: torch.fmod(x, 2),
+        lambda x: 2.5 ** x.half(),
+        lambda x: torch.xlogy(2, x.double()),
+        lambda x: torch.copysign(x.float(), -0.0),
+        lambda x: x + True,
+        lambda x: (x > 1) * 2,
+        lambda x: x.sum() * 0.1,
+    ],
+)
+def test_operators_that_take_a_number_for_a_tensor(compute: Callable[[Tensor], Tensor]) -> None:
+    x = torch.arange(5, device=CARD)
+    expected = compute(x)
+    with Seen() as seen, Seen():
+        found = compute(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert any(isinstance(each, (int, float)) for call in seen.calls for each in call.arguments.values())
+
+
 def test_forms() -> None:
     x = torch.ones(4, device=CARD)
     with Seen() as seen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from operator_tables import Row
@@ -10,6 +12,7 @@ from test_operators import run
 from torch import Tensor, nn
 
 import cnmix.torch_mlu
+from cnmix.torch_mlu.core import mlu_model
 from cnmix.torch_mlu.core.mlu_quantize import quantize_dynamic_mlu
 
 NAMES = (
@@ -22,20 +25,28 @@ PRODUCTS = [operator for operator in NETWORKS if operator.name in NAMES]
 BOUND = 0.02  # of the mean square error
 
 
+@pytest.fixture(autouse=True)
+def width_as_before() -> Iterator[None]:
+    yield
+    mlu_model.set_quantized_bitwidth(31)
+
+
 def mean_square_error(found: Tensor, expected: Tensor) -> float:
     return (found.detach().cpu().double() - expected.detach().double()).square().mean().item()
 
 
+@pytest.mark.parametrize(("bits", "bound"), [(8, BOUND), (16, BOUND * 1e-3), (31, BOUND * 1e-6)])
 @pytest.mark.parametrize("card_name", ["MLU220", "MLU270", "MLU290"])
 @pytest.mark.parametrize("operator", PRODUCTS, ids=lambda operator: operator.name)
-def test_a_product_is_near_the_hosts(operator: Row, card_name: str) -> None:
+def test_a_product_is_near_the_hosts(operator: Row, card_name: str, bits: int, bound: float) -> None:
     cnmix.torch_mlu.install(card_name=card_name)
+    mlu_model.set_quantized_bitwidth(bits)
     for found, expected in zip(run(operator, "float32", "mlu"), run(operator, "float32", "cpu"), strict=True):
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
             assert a.device == torch.device("mlu:0")
             assert a.shape == b.shape
-            assert mean_square_error(a, b) < BOUND * 1e-6  # int31 is nearly float32
+            assert mean_square_error(a, b) < bound
 
 
 MODULES = {

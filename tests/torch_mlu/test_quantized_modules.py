@@ -179,7 +179,9 @@ class TestFirstConvolution:
         [
             ({"0.input_std": None}, "0.input_std missing beside 0.input_mean"),
             ({"0.input_mean": torch.zeros(3)}, r"0.input_mean must have the shape \(1, 3, 1, 1\), got \(3,\)"),
-            ({"0.input_std": torch.zeros(1, 3, 1, 1)}, "0.input_std has a 0"),
+            ({"0.input_std": torch.zeros(1, 3, 1, 1)}, "0.input_std above 0"),
+            ({"0.input_std": -torch.ones(1, 3, 1, 1)}, "0.input_std above 0"),
+            ({"0.input_mean": torch.full((1, 3, 1, 1), torch.nan)}, "0.input_mean must be finite"),
         ],
     )
     def test_wrong_ones_are_named(self, change, message):
@@ -280,6 +282,19 @@ def test_convolutions_of_every_geometry(geometry, per_channel):
         y = run.to("mlu")((x * 127.5 + 25.5).to("mlu"))
         assert torch.allclose(y.cpu(), model(x), atol=2e-3)
         assert torch.equal(run(x[0].to("mlu")).cpu(), run(x[:1].to("mlu"))[0].cpu())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_module_and_its_input_are_on_one_device(strict):
+    cnmix.torch_mlu.install(strict=strict)
+    run = loaded(generated().state_dict())
+    with pytest.raises(RuntimeError, match="'0' is on cpu and got a tensor of mlu:0"):
+        run(IMAGES.to("mlu"))
+    run.to("mlu")
+    with pytest.raises(RuntimeError, match="'0' is on mlu:0 and got a tensor of cpu"):
+        run(IMAGES)
+    with pytest.raises(RuntimeError, match="'3' is on mlu:0 and got a tensor of cpu"):
+        run[3](torch.ones(1, 16))
 
 
 @pytest.mark.parametrize("card", ["MLU220", "MLU270", "MLU370", "MLU590"])

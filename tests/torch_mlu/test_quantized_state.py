@@ -93,6 +93,8 @@ def test_files_made_by_hand_load_and_compute(kind):
         ("int8", {"scales": torch.ones(2)}, 'Unexpected key.*"fc.scales"'),
         ("int8", {"use_symmetry": torch.zeros(1)}, "fc.use_symmetry must be 1"),
         ("int8", {"quantized_mode": int32(5)}, r"fc.quantized_mode must be one of 1, 2, 3, 4.*got \[5\]"),
+        ("int8", {"quantized_mode": torch.tensor([1.5])}, r"fc.quantized_mode must have whole numbers, got \[1.5\]"),
+        ("int8", {"quantized_mode": torch.tensor([math.inf])}, "fc.quantized_mode must have whole numbers"),
         (
             "int8",
             {"quantized_mode": int32(3)},

@@ -267,3 +267,14 @@ def test_a_card_that_the_environment_names_is_checked_first(tmp_path: Path, scri
     found = run(tmp_path, script("print('ran')\n"), DEFAULT_MLU_DEVICE_NAME="MLU100")
     assert found.returncode == 2
     assert found.stderr.strip().startswith("error: there is no card 'MLU100'")
+
+
+def test_the_mnist_guide_trains_saves_quantizes_loads_and_infers(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "mlu_mnist.py"
+    found = run(tmp_path, str(example), "--epochs", "4", "--save", "saved")
+    assert found.returncode == 0, found.stderr
+    accuracies = [float(line.rpartition(": ")[2].rstrip("%")) for line in found.stdout.splitlines()]
+    assert len(accuracies) == 6  # trained, its checkpoint in float, and four ways of quantizing that
+    assert accuracies[0] > 80
+    assert max(accuracies) - min(accuracies) < 3
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.pth", "quantized.pth"}

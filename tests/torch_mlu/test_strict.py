@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +130,31 @@ def test_memory_is_never_shared_between_host_and_card(strictly: bool) -> None:
             call()
     with pytest.raises(TypeError, match="can't convert mlu:0 device type tensor to numpy"):
         card(3).numpy()
+
+
+@pytest.mark.parametrize("strictly", [True, False])
+def test_what_only_the_host_has_never_takes_a_card(strictly: bool) -> None:
+    cnmix.torch_mlu.install(strict=strictly)
+    with pytest.raises(RuntimeError, match="Expected a 'cpu' device type for generator but found 'mlu'"):
+        torch.randn(3, generator=torch.Generator("mlu"))
+    with pytest.raises(TypeError, match="can't convert mlu:0 device type tensor to numpy"):
+        np.asarray(card(3))
+
+
+_DOUBLES = """
+import torch, cnmix.torch_mlu
+cnmix.torch_mlu.install(strict={strict})
+print((torch.ones(3, dtype=torch.float64, device="mlu") * 2).dtype)
+print((torch.ones(3, dtype=torch.complex128, device="mlu") * 2).dtype)
+"""
+
+
+@pytest.mark.parametrize("strictly", [True, False])
+def test_types_without_arithmetic_are_logged_once(strictly: bool) -> None:
+    command = [sys.executable, "-c", _DOUBLES.format(strict=strictly)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.split() == ["torch.float64", "torch.complex128"]
+    assert found.stderr.count("a tensor of float64 is on a card, which has no such arithmetic") == strictly
 
 
 @pytest.mark.parametrize("make", ["zeros", "empty", "randperm", "tril_indices", "linspace"])

@@ -64,6 +64,12 @@ at::Tensor card_kernel(const at::Tensor& x, int64_t card) {
   return is_on_card(x) ? x : to_card(x, static_cast<int>(card));
 }
 
+// Marks a tensor without dimensions as what PyTorch makes of a Python number: it yields in type promotion. An operator
+// cannot return one, since Python would get the number.
+void mark_number(const at::Tensor& x) {
+  x.unsafeGetTensorImpl()->set_wrapped_number(true);
+}
+
 struct ToCard : torch::autograd::Function<ToCard> {
   static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x, int64_t card) {
     return card_kernel(x, card);
@@ -100,8 +106,10 @@ void record_stream(at::Tensor&, c10::Stream) {}
 TORCH_LIBRARY(cnmix_card, library) {
   library.def("host(Tensor x) -> Tensor");
   library.def("card(Tensor x, int card) -> Tensor");
+  library.def("mark_number_(Tensor(a!) x) -> ()");
   library.impl("host", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(host_kernel));
   library.impl("card", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(card_kernel));
+  library.impl("mark_number_", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(mark_number));
   library.impl("host", c10::DispatchKey::AutogradPrivateUse1, TORCH_FN(differentiable_host));
   library.impl("card", c10::DispatchKey::AutogradCPU, TORCH_FN(differentiable_card));
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..observation import OperatorCall, OperatorObserver
+from ..observation import OperatorCall, OperatorObserver, numbers_as_tensors
 
 # What only makes or moves memory is never dumped.
 _UNSEEN = frozenset({"copy_", "copy_from", "copy_from_and_resize", "empty", "empty_strided"})
@@ -288,19 +289,25 @@ def _write_tensor(file: TextIO, x: torch.Tensor, level: int) -> None:
 
 def _values(x: torch.Tensor, level: int) -> torch.Tensor:
     """Returns what is written of a tensor: 1-D, on the host, as the level says."""
+    if level in (0, -2):
+        return _first(_host(x), _FIRST if level == 0 else 0)
     flat = _host(x).resolve_conj().resolve_neg().reshape(-1)
-    if level == 0:
-        return flat[:_FIRST]
     if level == 2:
         return flat
-    if level == -2:
-        return flat[:0]
     if level == -1:
         return flat[:0] if flat.is_complex() else torch.stack([flat.min(), flat.max()])
     if flat.dtype == torch.bool:
         return flat.sum().reshape(1)
     wide = torch.complex128 if flat.is_complex() else torch.float64 if flat.is_floating_point() else torch.int64
     return flat.to(wide).abs().sum().reshape(1)
+
+
+def _first(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the first values, 1-D, and copies little more: ``x`` may be large and of any strides."""
+    for dim in range(x.dim()):
+        behind = math.prod(x.shape[dim + 1 :])
+        x = x.narrow(dim, 0, min(x.shape[dim], max(1, -(-count // behind))))
+    return x.resolve_conj().resolve_neg().reshape(-1)[:count]
 
 
 def _lines(values: list[Any]) -> Iterable[str]:
@@ -343,7 +350,8 @@ def _on_host(call: OperatorCall) -> tuple[bool, Any]:
             arguments["bias_sizes"] = [channels]
         positional = [arguments[each.name] for each in operator._schema.arguments if not each.kwarg_only]
         named = {each.name: arguments[each.name] for each in operator._schema.arguments if each.kwarg_only}
-        return True, operator(*positional, **named)
+        args, kwargs = numbers_as_tensors(operator._schema, tuple(positional), named)
+        return True, operator(*args, **kwargs)
     return False, None
 
 

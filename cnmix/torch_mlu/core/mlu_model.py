@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..card import library
 from ..settings import settings
-from . import amp
+from . import amp, memory, random
 from .device.cards import DeviceLike, card_index
 from .device.notifier import Notifier
 from .device.queue import Queue, as_queue
@@ -119,6 +119,7 @@ __all__ = [
     "max_memory_cached",
     "max_memory_reserved",
     "mem_get_info",
+    "memory",
     "memory_allocated",
     "memory_cached",
     "memory_debug",
@@ -127,6 +128,7 @@ __all__ = [
     "memory_summary",
     "mlu_device",
     "pin_memory",
+    "random",
     "reset_max_memory_allocated",
     "reset_max_memory_cached",
     "reset_max_memory_reserved",

@@ -52,9 +52,13 @@ def propagate_qconfig_(
             "float16" are not quantized.
 
     Raises:
-        ValueError: if mixed_layer names nothing that is quantized or another width, or the first convolution or a
-            Conv3d cannot be what the scheme asks for; the model is unchanged then.
+        ValueError: if mixed_layer names nothing that is quantized or another width, a class of the mapping has no
+            from_float, or the first convolution or a Conv3d cannot be what the scheme asks for; the model is unchanged
+            then.
     """
+    for made in (mapping or {}).values():
+        if not hasattr(made, "from_float"):
+            raise ValueError(f"mapping: {made!r} has no from_float(module), which makes a module of this class")
     chosen: dict[str, nn.Module] = dict(_quantizable(module, mapping))
     widths = _widths(type(module).__name__, chosen, mixed_layer or {})
     plan: dict[str, QConfig] = {}

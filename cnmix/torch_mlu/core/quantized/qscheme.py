@@ -6,7 +6,7 @@ import difflib
 import numbers
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ class QuantifyParams:
     gamma: float = 2
     delta: float = 100
     th: float = 0.03
-    steps_per_epoch: int = field(default=10000)
+    steps_per_epoch: int = 10000
 
     def set_bitwidth(self, init: int, maximum: int) -> None:
         """Sets the first and the largest width."""

@@ -45,7 +45,10 @@ def parse_quantization(values: Mapping[str, Tensor], prefix: str, channels: int,
     symmetric = _numbers(values, prefix, "use_symmetry") if "use_symmetry" in values else [1]
     if symmetric != [1]:
         raise ValueError(f"{prefix}use_symmetry must be 1, as quantization is symmetric, got {symmetric}")
-    scale, mode = _numbers(values, prefix, "scale"), [*map(int, _numbers(values, prefix, "quantized_mode"))]
+    scale, modes = _numbers(values, prefix, "scale"), _numbers(values, prefix, "quantized_mode")
+    if not all(float(each).is_integer() for each in modes):
+        raise ValueError(f"{prefix}quantized_mode must have whole numbers, got {modes}")
+    mode = [*map(int, modes)]
     if len(mode) == 2:
         return _widths_and_positions(scale, mode, prefix)
     if len(mode) != 1 or mode[0] not in (*PER_TENSOR, *PER_CHANNEL):

@@ -78,8 +78,8 @@ class MLUQuantizedModule(nn.Module):
             RuntimeError: if a tensor of the card comes to a module that knows no scales.
         """
         if self.quantization is not None:
-            # A trace made on the host may run on the card.
-            return x.device.type == "mlu" or torch.jit.is_tracing()
+            # A trace made on the host may run on the card; and where only one of them is there, the operator says so.
+            return "mlu" in (x.device.type, self.weight.device.type) or torch.jit.is_tracing()
         if x.device.type == "mlu" and self.activation_post_process is None:
             raise RuntimeError(
                 f"{self._name()!r} has no scales to compute with on {x.device}: load the state_dict of a model that "

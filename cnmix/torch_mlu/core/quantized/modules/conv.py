@@ -97,11 +97,14 @@ class MLUConv2d(_MLUConv, nn.Conv2d):
                 for name, value in given.items()
                 if tuple(value.shape) != (1, self.in_channels, 1, 1)
             ]
-            if not wrong and bool((given["input_std"] == 0).any()):
-                wrong = [f"{prefix}input_std has a 0, which images cannot be divided by"]
+            mean, std = given["input_mean"], given["input_std"]
+            if not wrong and not (mean.isfinite().all() and (std.isfinite() & (std > 0)).all()):
+                wrong = [
+                    f"{prefix}input_mean must be finite, and {prefix}input_std above 0, as images are divided by it"
+                ]
             error_msgs.extend(wrong)
             if not wrong:
-                self._register_images(given["input_mean"], given["input_std"])
+                self._register_images(mean, std)
         else:
             self._begin()  # what another file brought goes, what the qconfig asks for stays
             kept = {prefix + name: self._parameters[name] for name in names if self._parameters.get(name) is not None}
