@@ -121,3 +121,13 @@ def find_card(name: str) -> Card:
         if wanted == card.name or wanted.startswith(f"{card.name}-"):
             return card
     raise ValueError(f"there is no card {name!r}: take one of {', '.join(card.name for card in _CARDS)}")
+
+
+def check_count(cards: int) -> None:
+    """Checks that there can be as many emulated cards.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not 0 <= cards <= 64:  # card.h has the same number
+        raise ValueError(f"there can be 0 to 64 emulated cards, not {cards}")

@@ -17,25 +17,33 @@ import torch
 _ALIASES = {"torch_mlu": "cnmix.torch_mlu", "catch_perf": "cnmix.torch_mlu.catch_perf"}
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports ``torch_mlu`` and what is below it as the modules of this package, the same objects under two names."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds ``torch_mlu`` and what is below it as the modules of this package, the same objects under two names."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         ours = _ours(name)
-        if ours is None or importlib.util.find_spec(ours) is None:
+        found = None if ours is None else importlib.util.find_spec(ours)
+        if found is None:
             return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        is_package = found.submodule_search_locations is not None
+        return importlib.machinery.ModuleSpec(name, _Loader(found.name), is_package=is_package)
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads one module under its second name; imports in other threads have their own."""
+
+    def __init__(self, ours: str) -> None:
+        self._ours = ours
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        ours = _ours(spec.name)
-        assert ours is not None  # find_spec saw it
-        module = importlib.import_module(ours)
+        module = importlib.import_module(self._ours)
         self._own = module.__spec__, module.__loader__, module.__package__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        # The import system wrote those of the second name over them.
         module.__spec__, module.__loader__, module.__package__ = self._own
 
 
@@ -55,6 +63,8 @@ def vendor_package() -> str | None:
     """Returns where the vendor's own package is, or None."""
     if is_installed():
         return None
+    if "torch_mlu" in sys.modules and getattr(sys.modules["torch_mlu"], "__spec__", None) is None:
+        return None  # a module that the script made, or nothing
     spec = importlib.util.find_spec("torch_mlu")
     return None if spec is None else spec.origin  # a folder of that name without __init__.py has none
 
@@ -62,7 +72,8 @@ def vendor_package() -> str | None:
 def install(cards: int | None = None, *, strict: bool | None = None, card_name: str | None = None) -> None:
     """Puts the emulated ``torch_mlu`` and the device ``mlu`` in place, for this process, until it ends.
 
-    Calling it again changes the settings that are given.
+    Calling it again changes the settings that are given. Call it on the thread that trains: a backward pass runs there
+    then, where another thread's runs on PyTorch's threads, of which there is one for each card that the first one saw.
 
     Args:
         cards: how many cards there are. None is as many as ``MLU_VISIBLE_DEVICES`` names, or one.
@@ -81,15 +92,8 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
     from .cards import find_card
     from .core import mlu_model
     from .logs import set_up_logs
-    from .settings import configure
+    from .settings import changed, put_in_force
 
-    if not is_installed():
-        name = torch._C._get_privateuse1_backend_name()
-        if name not in ("privateuseone", "mlu"):
-            raise RuntimeError(f"PyTorch's one private-use device is {name!r} in this process: run without it")
-        _register(mlu_model)
-        sys.meta_path.insert(0, _Finder())
-        sys.modules.pop("torch_mlu", None)  # such a folder, if something looked at it
     changes: dict[str, Any] = {}
     if cards is not None:
         changes["cards"] = cards
@@ -97,7 +101,15 @@ def install(cards: int | None = None, *, strict: bool | None = None, card_name: 
         changes["strict"] = strict
     if card_name is not None:
         changes |= {"card": find_card(card_name), "floating": None}
-    configure(**changes)
+    wanted = changed(**changes)  # what cannot be had is refused before anything changes
+    if not is_installed():
+        name = torch._C._get_privateuse1_backend_name()
+        if name not in ("privateuseone", "mlu"):
+            raise RuntimeError(f"PyTorch's one private-use device is {name!r} in this process: run without it")
+        _register(mlu_model)
+        sys.meta_path.insert(0, _Finder())
+        sys.modules.pop("torch_mlu", None)  # a folder or a module of that name, if something looked at it
+    put_in_force(wanted)
     set_up_logs()
 
 
@@ -111,7 +123,7 @@ def _register(mlu_model: ModuleType) -> None:
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
-    loaded.register(1)
+    loaded.register()
     register_products()
     torch._register_device_module("mlu", mlu_model)
     torch.utils.generate_methods_for_privateuse1_backend(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cards import find_card
+from .cards import check_count, find_card
 
 
 def environment(cards: int | None = None, card_name: str | None = None, strict: bool = False) -> dict[str, str]:
@@ -23,14 +23,18 @@ def environment(cards: int | None = None, card_name: str | None = None, strict: 
     """
     env = dict(os.environ)
     startup = str(Path(__file__).parent / "startup")
-    paths = [startup, *(each for each in env.get("PYTHONPATH", "").split(os.pathsep) if each and each != startup)]
-    env |= {"CNMIX_TORCH_MLU": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    given = env.get("PYTHONPATH")
+    paths = given.split(os.pathsep) if given else []  # an empty entry among others is the current folder
+    env |= {
+        "CNMIX_TORCH_MLU": sys.prefix,
+        "PYTHONPATH": os.pathsep.join([startup, *(each for each in paths if each != startup)]),
+    }
     if cards is not None:
-        if not 0 <= cards <= 64:
-            raise ValueError(f"there can be 0 to 64 emulated cards, not {cards}")
+        check_count(cards)
         env["MLU_VISIBLE_DEVICES"] = ",".join(map(str, range(cards)))
-    if card_name is not None:
-        env["DEFAULT_MLU_DEVICE_NAME"] = find_card(card_name).name
+    name = card_name or env.get("DEFAULT_MLU_DEVICE_NAME")
+    if name:
+        env["DEFAULT_MLU_DEVICE_NAME"] = find_card(name).name
     if strict:
         env["CNMIX_STRICT_DEVICE"] = "1"
     return env

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .card import library
-from .cards import Card, find_card
+from .cards import Card, check_count, find_card
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,31 @@ def settings() -> Settings:
     return _current.settings
 
 
-def configure(**changes: Any) -> None:
-    """Changes the settings that are given; the rest stays, or is at first what the environment says.
+def changed(**changes: Any) -> Settings:
+    """Returns the settings with some changed; the rest is as in force, or at first what the environment says.
 
     Raises:
         ValueError: if the number of cards is not one that can be had, or there is no card of the name in
             ``DEFAULT_MLU_DEVICE_NAME``.
     """
-    changed = replace(_current.settings or _from_environment(), **changes)
-    if not 0 <= changed.cards <= 64:
-        raise ValueError(f"there can be 0 to 64 emulated cards, not {changed.cards}")
-    _current.settings = changed
-    library().set(changed.cards, changed.strict, not changed.multiplies_in_float, changed.card.memory)
+    found = replace(_current.settings or _from_environment(), **changes)
+    check_count(found.cards)
+    return found
+
+
+def put_in_force(found: Settings) -> None:
+    """Makes these the settings in force."""
+    _current.settings = found
+    library().set(found.cards, found.strict, not found.multiplies_in_float, found.card.memory)
+
+
+def configure(**changes: Any) -> None:
+    """Changes the settings that are given.
+
+    Raises:
+        ValueError: as ``changed`` does.
+    """
+    put_in_force(changed(**changes))
 
 
 def _from_environment() -> Settings:

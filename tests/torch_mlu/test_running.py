@@ -1,11 +1,14 @@
 """``cnmix run``: a script, a module, and the processes below it, with the emulation in place."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from cnmix.torch_mlu.running import environment
 
 
 def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -99,12 +102,34 @@ def work(rank, port):
     scattered = torch.zeros(1, device="mlu")
     dist.scatter(scattered, [torch.tensor([float(i)], device="mlu") for i in range(2)] if rank == 0 else None, src=0)
     assert scattered.item() == rank
-    norm = torch.nn.SyncBatchNorm(3).to("mlu")
-    images = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    norm(images[2 * rank : 2 * rank + 2].to("mlu")).square().sum().backward()
-    torch.testing.assert_close(norm.running_mean.cpu(), images.mean((0, 2, 3)) * 0.1)
+    gathered = torch.zeros(1, 2, device="mlu")
+    dist.all_gather_into_tensor(gathered, torch.full((1, 1), rank + 1.0, device="mlu"))
+    assert gathered.tolist() == [[1, 2]]
+    normalize_all(rank)
     dist.barrier()
     dist.destroy_process_group()
+
+def normalize_all(rank):  # over both processes, as one does on the host that has all rows
+    x = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(5))
+    weights = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(6))
+    rows = slice(0, 2) if rank == 0 else slice(2, 6)
+    whole, here = torch.nn.BatchNorm1d(3), torch.nn.SyncBatchNorm(3).mlu()
+    torch.nn.init.uniform_(whole.weight, generator=torch.Generator().manual_seed(7))
+    here.load_state_dict(whole.state_dict())
+    for module, x, weights in ((whole, x, weights), (here, x[rows].mlu(), weights[rows].mlu())):
+        leaf = x.detach().requires_grad_()
+        y = module(leaf)
+        (y * weights).sum().backward()
+        if x.is_cpu:
+            expected = y.detach()[rows], leaf.grad[rows]
+    torch.testing.assert_close(y.detach().cpu(), expected[0])
+    torch.testing.assert_close(leaf.grad.cpu(), expected[1])
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(here, name).cpu(), getattr(whole, name))
+    for name in ("weight", "bias"):
+        gradient = getattr(here, name).grad
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient.cpu(), getattr(whole, name).grad)
 
 if __name__ == "__main__":
     import socket
@@ -163,6 +188,86 @@ def test_a_mistake_is_one_line(tmp_path: Path, script, arguments: list[str], mes
     assert message in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
     assert "ran" not in found.stdout
+
+
+def test_who_asks_whether_there_is_a_torch_does_not_hide_it(tmp_path: Path, script) -> None:
+    name = script(
+        "import importlib.util\n"
+        "spec = importlib.util.find_spec('torch')\n"  # as many packages do before they import it
+        "print(spec.name, spec.loader.get_filename().endswith('__init__.py'))\n"
+        "import torch\n"
+        "print(torch.is_mlu_available(), type(torch.__spec__.loader).__name__)\n"
+    )
+    found = run(tmp_path, name)
+    assert found.stdout.splitlines() == ["torch True", "True SourceFileLoader"], found.stderr
+
+
+FOREIGN = """
+import os, subprocess, sys
+env = {**os.environ, "CNMIX_TORCH_MLU": "/another/prefix", "PYTHONPATH": os.environ["PYTHONPATH"].split(os.pathsep)[0]}
+subprocess.run([sys.executable, "-S", "-c", '''
+import sys
+sys.path.append("foreign")
+import sitecustomize  # as site does, without the packages of this environment
+import torch
+print(torch.here)
+'''], env=env, check=True)
+"""
+
+
+def test_another_python_without_cnmix_has_its_torch(tmp_path: Path, script) -> None:
+    (tmp_path / "foreign").mkdir()
+    script("here = True\n", "foreign/torch.py")
+    found = run(tmp_path, script(FOREIGN))
+    assert found.stdout == "True\n", found.stderr
+    assert found.stderr.count("\n") == 1
+    assert "no emulated torch_mlu in" in found.stderr
+    assert "No module named 'cnmix'" in found.stderr
+
+
+def test_a_package_of_that_name_beside_the_script_serves(tmp_path: Path, script) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "torch_mlu.py").write_text("own = True\n")
+    (folder / "script.py").write_text("import torch, torch_mlu\nprint(torch_mlu.own, hasattr(torch, 'mlu'))\n")
+    found = run(tmp_path, "project/script.py")
+    assert found.stdout == "True False\n", found.stderr
+    assert "it serves, not the emulation" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, []), ("", []), ("/a", ["/a"]), ("/a:", ["/a", ""]), (":/a", ["", "/a"])]
+)
+def test_the_python_path_stays_behind_the_startup_folder(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: list[str]
+) -> None:
+    if given is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", given.replace(":", os.pathsep))
+    startup, *others = environment()["PYTHONPATH"].split(os.pathsep)
+    assert Path(startup, "sitecustomize.py").exists()
+    assert others == expected
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([startup, *others]))
+    assert environment()["PYTHONPATH"].count(startup) == 1
+
+
+def test_two_versions_of_it_in_the_path_do_not_chase_each_other(tmp_path: Path, script) -> None:
+    other = tmp_path / "other version"
+    shutil.copytree(environment()["PYTHONPATH"].split(os.pathsep)[0], other)
+    script("import builtins\nbuiltins.customized = True\n", "sitecustomize.py")
+    name = script("import torch\nprint(customized, torch.is_mlu_available())\n")
+    paths = os.pathsep.join([str(other), str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    found = run(tmp_path, name, PYTHONPATH=paths)
+    assert found.stdout == "True True\n", found.stderr
+    assert not found.stderr
+
+
+def test_a_card_that_the_environment_names_is_checked_first(tmp_path: Path, script) -> None:
+    found = run(tmp_path, script("print('ran')\n"), DEFAULT_MLU_DEVICE_NAME="MLU100")
+    assert found.returncode == 2
+    assert found.stderr.strip().startswith("error: there is no card 'MLU100'")
 
 
 def test_the_mnist_guide_trains_saves_quantizes_loads_and_infers(tmp_path: Path) -> None:

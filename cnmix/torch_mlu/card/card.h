@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 namespace cnmix::card {
@@ -73,11 +74,20 @@ at::Tensor card_view(const at::Tensor& host, c10::Storage storage);
 // Raises where the settings are strict; else says a line once for each text.
 void refuse(const std::string& text);
 // Raises if there is no such card.
-void check_card(int card);
+void check_card(int64_t card);
+// The card that a factory's argument names, which must be there: the current one where it names none.
+int card_of(std::optional<c10::Device> device);
+// What is wrong with a host tensor among the card's, for ``refuse``.
+std::string from_host_text(const std::string& op, const std::string& argument, int card);
+inline const at::Tensor& or_undefined(const std::optional<at::Tensor>& x) {
+  static const at::Tensor undefined;
+  return x.has_value() ? *x : undefined;
+}
 // Raises if it is of a kind that a card has none of: sparse, quantized, nested.
 void check_result(const std::string& op, const at::Tensor& x);
 
 // Says a line once for each text, by Python's logging where it was set up.
 void warn_once(const std::string& text);
+void say(const char* text);
 
 }  // namespace cnmix::card

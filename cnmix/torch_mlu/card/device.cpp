@@ -46,22 +46,22 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current = device.index() < 0 ? current : device.index();
   }
   c10::Stream getStream(c10::Device device) const override {
-    const int card = device.index() < 0 ? current : device.index();
+    const int card = card_of(device);
     return queue(card, current_queue[card]);
   }
   c10::Stream getDefaultStream(c10::Device device) const override {
-    const int card = device.index() < 0 ? current : device.index();
+    const int card = card_of(device);
     return queue(card, 0);
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
     return getNewStream(device, 0);
   }
   c10::Stream getNewStream(c10::Device device, int) const override {
-    const int card = device.index() < 0 ? current : device.index();
+    const int card = card_of(device);
     return queue(card, ++queues);
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
-    auto& id = current_queue[stream.device_index()];
+    auto& id = current_queue[card_of(stream.device())];
     const c10::Stream before(c10::Stream::UNSAFE, stream.device(), id);
     id = stream.id();
     return before;
@@ -105,12 +105,13 @@ struct PinnedAllocator final : c10::Allocator {
   struct Block {
     c10::DataPtr host;
   };
+  // Never destroyed: a tensor may outlive what the process destroys when it ends.
   static std::mutex& mutex() {
-    static std::mutex it;
+    static auto& it = *new std::mutex;
     return it;
   }
   static std::unordered_set<const void*>& blocks() {
-    static std::unordered_set<const void*> it;
+    static auto& it = *new std::unordered_set<const void*>;
     return it;
   }
   static void release(void* context) {
@@ -192,11 +193,11 @@ struct Hooks final : at::PrivateUse1HooksInterface {
       }
       return made;
     }();
-    return of_cards[card < 0 ? current : card];
+    return of_cards[card_of(c10::Device(kCard, card))];
   }
   at::Generator getNewGenerator(c10::DeviceIndex card) const override {
     return at::make_generator<CardGenerator>(
-        static_cast<c10::DeviceIndex>(card < 0 ? current : card), at::detail::createCPUGenerator());
+        static_cast<c10::DeviceIndex>(card_of(c10::Device(kCard, card))), at::detail::createCPUGenerator());
   }
   at::Device getDeviceFromPtr(void*) const override {
     return {kCard, static_cast<c10::DeviceIndex>(current)};

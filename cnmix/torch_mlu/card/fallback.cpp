@@ -182,14 +182,13 @@ bool stays_on_host(const c10::OperatorHandle& op, size_t result) {
 }
 
 void refuse_or_warn(const Call& call) {
-  const auto card = "mlu:" + std::to_string(call.card < 0 ? current_card() : call.card);
+  const int index = call.card < 0 ? current_card() : call.card;
+  const auto card = "mlu:" + std::to_string(index);
   if (call.host_argument != nullptr) {
     TORCH_CHECK(
         call.op.schema().name() != "aten::set_", "aten::set_ cannot share memory between the host and ", card,
         ": copy with .to() or copy_()");
-    refuse(
-        call.op.schema().name() + " got its argument " + call.host_argument->name() + " from the host and others from " +
-        card + ": a card refuses that; bring it there with .to('" + card + "')");
+    refuse(from_host_text(call.op.schema().name(), call.host_argument->name(), index));
   }
   if (call.host_generator != nullptr) {
     refuse(
@@ -277,9 +276,7 @@ bool is_of_one_kind(const at::Tensor& x, const at::Tensor& y) {
 at::Tensor efficient_zeros(
     at::IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
     std::optional<c10::Device> device, std::optional<bool>) {
-  const int card = device.has_value() && device->index() >= 0 ? device->index() : current_card();
-  check_card(card);
-  return to_card(at::zeros(size, at::TensorOptions().device(c10::kCPU).dtype(dtype)), card);
+  return to_card(at::zeros(size, at::TensorOptions().device(c10::kCPU).dtype(dtype)), card_of(device));
 }
 
 }  // namespace

@@ -30,12 +30,17 @@ class Library:
     """The card's library, loaded."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(build()))
+        self._library = _load()
+        self._library.cnmix_card_failure.restype = ctypes.c_char_p
         self._say = _SPEAK(_warn)  # kept: the library calls it
 
-    def register(self, cards: int) -> None:
-        """Registers device, memory and operators with PyTorch; once in a process."""
-        self._library.cnmix_card_register(cards, self._say)
+    def register(self) -> None:
+        """Registers device, memory and operators with PyTorch; once in a process.
+
+        Raises:
+            RuntimeError: if PyTorch refuses them.
+        """
+        self._checked(self._library.cnmix_card_register(self._say))
 
     def set(self, cards: int, strict: bool, fixed_point: bool, memory: int) -> None:
         """Sets the number of cards, strict mode, whether float tensors are multiplied as int31, and a card's bytes."""
@@ -56,8 +61,32 @@ class Library:
         self._library.cnmix_card_reset_peak(card)
 
     def exchange(self, card: int) -> int:
-        """Makes this the thread's current card, and returns the one before. The card must exist."""
-        return int(self._library.cnmix_card_exchange(card))
+        """Makes this the thread's current card, and returns the one before.
+
+        Raises:
+            RuntimeError: if there is no such card.
+        """
+        return self._checked(self._library.cnmix_card_exchange(card))
+
+    def _checked(self, result: int) -> int:
+        if result < 0:
+            raise RuntimeError(self._library.cnmix_card_failure().decode())
+        return result
+
+
+def _load() -> ctypes.CDLL:
+    path = build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # A disk that was full, or another system's compiler and libraries on the same home: once more.
+        try:
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(build()))
+        except OSError as error:
+            raise RuntimeError(
+                f"the compiled card cannot be loaded: {error}. Delete {path}, or set XDG_CACHE_HOME to another folder"
+            ) from error
 
 
 def _warn(text: bytes) -> None:

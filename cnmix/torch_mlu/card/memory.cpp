@@ -2,12 +2,14 @@
 #include "card.h"
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 
-#include <optional>
+#include <algorithm>
 #include <mutex>
+#include <optional>
 
 namespace cnmix::card {
 
@@ -93,7 +95,36 @@ c10::Storage new_host_storage(size_t bytes) {
   return {c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true};
 }
 
-struct CardAllocator final : c10::Allocator {
+// As ``torch.accelerator`` asks a device's allocator about its memory.
+struct CardAllocator final : c10::DeviceAllocator {
+  bool initialized() override {
+    return true;
+  }
+  void emptyCache(c10::MempoolId_t) override {}
+  void recordStream(const c10::DataPtr&, c10::Stream) override {}
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex card) override {
+    check_card(card);
+    const auto& counts = memory(card);
+    c10::CachingAllocator::Stat bytes;
+    bytes.current = counts.allocated;
+    bytes.peak = counts.peak;
+    c10::CachingDeviceAllocator::DeviceStats stats;
+    stats.allocated_bytes[0] = stats.reserved_bytes[0] = stats.active_bytes[0] = bytes;
+    return stats;
+  }
+  void resetAccumulatedStats(c10::DeviceIndex card) override {
+    check_card(card);
+  }
+  void resetPeakStats(c10::DeviceIndex card) override {
+    check_card(card);
+    auto& counts = memory(card);
+    counts.peak = counts.allocated.load();
+  }
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex card) override {
+    check_card(card);
+    const int64_t total = settings().memory, free = total - memory(card).allocated;
+    return {static_cast<size_t>(std::max<int64_t>(free, 0)), static_cast<size_t>(total)};
+  }
   c10::DataPtr allocate(size_t bytes) override {
     return adopt(new_host_storage(bytes), current_card());
   }

@@ -15,11 +15,6 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-const Tensor& or_undefined(const MaybeTensor& x) {
-  static const Tensor undefined;
-  return x.has_value() ? *x : undefined;
-}
-
 MaybeTensor host_of_optional(const MaybeTensor& x) {
   return x.has_value() && x->defined() ? MaybeTensor(host_of(*x)) : std::nullopt;
 }
@@ -159,81 +154,86 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& mask, double scale) {
   return to_card(host_of(grad) * (scale > 0 ? noise.div(1 / scale) : noise), grad.device().index());
 }
 
-// Batch norms over several processes, which the host has no kernels for: its processes exchange statistics between these.
-
-Tensor wide(const Tensor& x) {
-  return x.scalar_type() == c10::kHalf || x.scalar_type() == c10::kBFloat16 ? x.to(c10::kFloat) : x;
-}
+// Batch normalization over several processes: statistics here, the sum of all by a collective between these.
 
 std::vector<int64_t> all_but_channels(const Tensor& x) {
-  std::vector<int64_t> dims;
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    if (i != 1) {
-      dims.push_back(i);
-    }
+  auto dims = std::vector<int64_t>{0};
+  for (int64_t i = 2; i < x.dim(); ++i) {
+    dims.push_back(i);
   }
   return dims;
 }
 
-// As the factor of each channel of x.
-Tensor per_channel(const Tensor& factor, const Tensor& x) {
-  std::vector<int64_t> shape(x.dim(), 1);
+// A value for each channel, in the shape that goes with x.
+Tensor by_channel(const Tensor& value, const Tensor& x) {
+  auto shape = std::vector<int64_t>(static_cast<size_t>(x.dim()), 1);
   shape[1] = -1;
-  return factor.reshape(shape);
+  return host_of(value).reshape(shape);
 }
 
-std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, double eps) {
-  const auto [variance, mean] = at::var_mean(wide(x), all_but_channels(x), /*unbiased=*/false);
-  return {mean, (variance + eps).rsqrt()};
+// Statistics of half precision are float32.
+Tensor widened(const Tensor& x) {
+  return at::isReducedFloatingType(x.scalar_type()) ? host_of(x).to(at::kFloat) : host_of(x);
 }
 
-std::tuple<Tensor, Tensor> batch_norm_gather_stats(
-    const Tensor&, const Tensor& means, const Tensor& inverse_deviations, const MaybeTensor& running_mean,
-    const MaybeTensor& running_variance, double momentum, double eps, const Tensor& counts) {
-  const auto n = counts.to(means.scalar_type()).unsqueeze(1);
-  const auto all = n.sum();
-  const auto mean = (means * n).sum(0) / all;
-  const auto squares = ((inverse_deviations.pow(-2) - eps + (means - mean).square()) * n).sum(0);
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& input, double eps) {
+  const int card = input.device().index();
+  auto [variance, mean] = at::var_mean(widened(input), all_but_channels(input), int64_t{0});
+  return {to_card(mean, card), to_card(variance.add_(eps).rsqrt_(), card)};
+}
+
+std::tuple<Tensor, Tensor> gather_statistics(
+    const Tensor& input, const Tensor& means, const Tensor& invstds, const MaybeTensor& running_mean,
+    const MaybeTensor& running_var, double momentum, double eps, const Tensor& counts) {
+  const int card = one_card("aten::batch_norm_gather_stats_with_counts", {{"input", input}, {"mean", means}});
+  const auto each = host_of(means), count = host_of(counts).to(each.scalar_type()).reshape({-1, 1});
+  const auto total = count.sum();
+  const auto mean = (each * count).sum(0) / total;
+  const auto variances = host_of(invstds).pow(-2) - eps;
+  const auto variance = ((variances + (each - mean).square()) * count).sum(0) / total;
   if (running_mean.has_value() && running_mean->defined()) {
-    running_mean->mul_(1 - momentum).add_(mean, momentum);
+    host_of(*running_mean).mul_(1 - momentum).add_(mean, momentum);
   }
-  if (running_variance.has_value() && running_variance->defined()) {
-    running_variance->mul_(1 - momentum).add_(squares / (all - 1), momentum);
+  if (running_var.has_value() && running_var->defined()) {
+    host_of(*running_var).mul_(1 - momentum).add_(variance * (total / (total - 1)), momentum);
   }
-  return {mean, (squares / all + eps).rsqrt()};
+  return {to_card(mean, card), to_card((variance + eps).rsqrt(), card)};
 }
 
-Tensor batch_norm_elements(
-    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean, const Tensor& inverse_deviation,
+Tensor normalized(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
     double) {
-  auto y = (wide(x) - per_channel(mean, x)) * per_channel(inverse_deviation, x);
+  const int card = one_card("aten::batch_norm_elemt", {{"input", input}, {"weight", or_undefined(weight)}});
+  auto y = (widened(input) - by_channel(mean, input)) * by_channel(invstd, input);
   if (weight.has_value() && weight->defined()) {
-    y = y * per_channel(*weight, x);
+    y = y * by_channel(*weight, input);
   }
-  if (bias.has_value() && bias->defined()) {
-    y = y + per_channel(*bias, x);
-  }
-  return y.to(x.scalar_type());
+  return to_card(sum_of(y, bias.has_value() && bias->defined() ? MaybeTensor(by_channel(*bias, input)) : std::nullopt)
+                     .to(input.scalar_type()), card);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_reduce(
-    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& inverse_deviation, const MaybeTensor& weight, bool,
+std::tuple<Tensor, Tensor, Tensor, Tensor> reduced_gradients(
+    const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& invstd, const MaybeTensor& weight, bool,
     bool, bool) {
-  const auto dims = all_but_channels(x);
-  const auto sum = wide(grad).sum(dims);
-  const auto products = (wide(grad) * (wide(x) - per_channel(mean, x))).sum(dims);
-  const auto kind = weight.has_value() && weight->defined() ? weight->scalar_type() : sum.scalar_type();
-  return {sum, products, (products * inverse_deviation).to(kind), sum.to(kind)};
+  const int card = one_card("aten::batch_norm_backward_reduce", {{"grad_out", grad}, {"input", input}});
+  const auto dims = all_but_channels(input);
+  const auto g = widened(grad), sum = g.sum(dims);
+  const auto product = (g * (widened(input) - by_channel(mean, input))).sum(dims);
+  const auto type = or_undefined(weight).defined() ? weight->scalar_type() : sum.scalar_type();
+  return {
+      to_card(sum, card), to_card(product, card), to_card((product * host_of(invstd)).to(type), card),
+      to_card(sum.to(type, false, true), card)};
 }
 
-Tensor batch_norm_backward_elements(
-    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& inverse_deviation, const MaybeTensor& weight,
-    const Tensor& sum, const Tensor& products, const Tensor& counts) {
-  const auto all = counts.sum().to(sum.scalar_type());
-  const auto slope = inverse_deviation.square() * products / all;
-  auto y = wide(grad) - per_channel(sum / all, x) - (wide(x) - per_channel(mean, x)) * per_channel(slope, x);
-  y = y * per_channel(inverse_deviation, x);
-  return (weight.has_value() && weight->defined() ? y * per_channel(*weight, x) : y).to(x.scalar_type());
+Tensor normalized_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& invstd, const MaybeTensor& weight,
+    const Tensor& sum, const Tensor& product, const Tensor& counts) {
+  const int card = one_card("aten::batch_norm_backward_elemt", {{"grad_out", grad}, {"input", input}});
+  const auto scale = by_channel(invstd, input), total = host_of(counts).sum().to(scale.scalar_type());
+  const auto distance = (widened(input) - by_channel(mean, input)) * scale.square();
+  auto g = widened(grad) - by_channel(sum, input) / total - distance * (by_channel(product, input) / total);
+  g = g * (or_undefined(weight).defined() ? scale * by_channel(*weight, input) : scale);
+  return to_card(g.to(input.scalar_type()), card);
 }
 
 }  // namespace
@@ -257,11 +257,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_thnn_fused_gru_cell_backward", TORCH_FN(gru_cell_backward));
   library.impl("native_dropout", TORCH_FN(dropout));
   library.impl("native_dropout_backward", TORCH_FN(dropout_backward));
-  library.impl("batch_norm_stats", TORCH_FN(batch_norm_stats));
-  library.impl("batch_norm_gather_stats_with_counts", TORCH_FN(batch_norm_gather_stats));
-  library.impl("batch_norm_elemt", TORCH_FN(batch_norm_elements));
-  library.impl("batch_norm_backward_reduce", TORCH_FN(batch_norm_backward_reduce));
-  library.impl("batch_norm_backward_elemt", TORCH_FN(batch_norm_backward_elements));
+  library.impl("batch_norm_stats", TORCH_FN(batch_statistics));
+  library.impl("batch_norm_gather_stats_with_counts", TORCH_FN(gather_statistics));
+  library.impl("batch_norm_elemt", TORCH_FN(normalized));
+  library.impl("batch_norm_backward_reduce", TORCH_FN(reduced_gradients));
+  library.impl("batch_norm_backward_elemt", TORCH_FN(normalized_backward));
   // Written out on the card, so that their products are the card's.
   library.impl("_native_multi_head_attention", TORCH_FN(at::native::native_multi_head_attention_cpu));
   library.impl("_transformer_encoder_layer_fwd", TORCH_FN(at::native::transformer_encoder_layer_forward));

@@ -6,7 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <mutex>
+#include <string>
 #include <unordered_set>
 
 namespace cnmix::card {
@@ -16,10 +16,6 @@ void register_device();
 void register_operators(const std::unordered_set<std::string>& own);
 
 namespace {
-
-int card_of(std::optional<c10::Device> device) {
-  return device.has_value() && device->index() >= 0 ? device->index() : current_card();
-}
 
 at::TensorOptions host_options(std::optional<c10::ScalarType> dtype) {
   return at::TensorOptions().device(c10::kCPU).dtype(dtype);
@@ -35,7 +31,6 @@ at::Tensor empty(
     std::optional<c10::Device> device, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
   TORCH_CHECK(!layout.has_value() || *layout == c10::kStrided, "the emulated card has no ", *layout, " tensors");
   const int card = card_of(device);
-  check_card(card);
   return to_card(marked(at::empty(size, host_options(dtype), format)), card);
 }
 
@@ -43,7 +38,6 @@ at::Tensor empty_strided(
     at::IntArrayRef size, at::IntArrayRef stride, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
     std::optional<c10::Device> device, std::optional<bool>) {
   const int card = card_of(device);
-  check_card(card);
   return to_card(marked(at::empty_strided(size, stride, host_options(dtype))), card);
 }
 
@@ -69,6 +63,7 @@ at::Tensor host_kernel(const at::Tensor& x) {
 }
 
 at::Tensor card_kernel(const at::Tensor& x, int64_t card) {
+  check_card(card);
   return is_on_card(x) ? x : to_card(x, static_cast<int>(card));
 }
 
@@ -108,8 +103,6 @@ at::Tensor differentiable_card(const at::Tensor& x, int64_t card) {
   return at::GradMode::is_enabled() && x.requires_grad() ? ToCard::apply(x, card) : card_kernel(x, card);
 }
 
-// Collectives run on the host's backend, on host views.
-
 TORCH_LIBRARY(cnmix_card, library) {
   library.def("host(Tensor x) -> Tensor");
   library.def("card(Tensor x, int card) -> Tensor");
@@ -140,21 +133,53 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("record_stream", TORCH_FN(record_stream));
 }
 
-extern "C" {
+// What Python calls, by ctypes: an exception must not leave, and is a negative result instead.
+namespace {
 
 using Speak = void (*)(const char*);
 
-static Speak speak = nullptr;
+Speak speak = nullptr;
+thread_local std::string failure;
 
-__attribute__((visibility("default"))) void cnmix_card_register(int cards, Speak say) {
-  cnmix::card::settings().cards = cards;
-  speak = say;
-  cnmix::card::register_device();
-  cnmix::card::register_operators(cnmix::card::own_operators());
-  cnmix::card::register_collectives();
+template <typename Body>
+int guarded(Body body) {
+  try {
+    return body();
+  } catch (const c10::Error& error) {
+    failure = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
+  return -1;
 }
 
-__attribute__((visibility("default"))) void cnmix_card_set(int cards, bool strict, bool fixed_point, int64_t memory) {
+}  // namespace
+
+void cnmix::card::say(const char* text) {
+  if (speak != nullptr) {
+    speak(text);
+  }
+}
+
+#define FOR_PYTHON __attribute__((visibility("default")))
+
+extern "C" {
+
+FOR_PYTHON const char* cnmix_card_failure() {
+  return failure.c_str();
+}
+
+FOR_PYTHON int cnmix_card_register(Speak say) {
+  return guarded([say] {
+    speak = say;
+    cnmix::card::register_device();
+    cnmix::card::register_operators(cnmix::card::own_operators());
+    cnmix::card::register_collectives();
+    return 0;
+  });
+}
+
+FOR_PYTHON void cnmix_card_set(int cards, bool strict, bool fixed_point, int64_t memory) {
   auto& settings = cnmix::card::settings();
   settings.cards = cards;
   settings.strict = strict;
@@ -162,41 +187,23 @@ __attribute__((visibility("default"))) void cnmix_card_set(int cards, bool stric
   settings.memory = memory;
 }
 
-__attribute__((visibility("default"))) int cnmix_card_current() {
+FOR_PYTHON int cnmix_card_current() {
   return cnmix::card::current_card();
 }
 
-__attribute__((visibility("default"))) int cnmix_card_exchange(int card) {
-  return cnmix::card::set_current_card(card);
+FOR_PYTHON int cnmix_card_exchange(int card) {
+  return guarded([card] { return cnmix::card::set_current_card(card); });
 }
 
-__attribute__((visibility("default"))) void cnmix_card_memory(int card, int64_t* counts) {
+FOR_PYTHON void cnmix_card_memory(int card, int64_t* counts) {
   auto& memory = cnmix::card::memory(card);
   counts[0] = memory.allocated;
   counts[1] = memory.peak;
   counts[2] = memory.allocations;
 }
 
-__attribute__((visibility("default"))) void cnmix_card_reset_peak(int card) {
+FOR_PYTHON void cnmix_card_reset_peak(int card) {
   auto& memory = cnmix::card::memory(card);
   memory.peak = memory.allocated.load();
 }
 }
-
-namespace cnmix::card {
-
-void warn_once(const std::string& text) {
-  static std::mutex mutex;
-  static std::unordered_set<std::string> said;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!said.insert(text).second) {
-      return;
-    }
-  }
-  if (speak != nullptr) {
-    speak(text.c_str());
-  }
-}
-
-}  // namespace cnmix::card

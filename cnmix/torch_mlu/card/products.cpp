@@ -21,10 +21,7 @@ int one_card(const char* op, std::initializer_list<Named> arguments) {
   }
   for (const auto& each : arguments) {
     if (each.x.defined() && !is_on_card(each.x) && each.x.dim() > 0) {  // a number becomes the card's by itself
-      const auto name = "mlu:" + std::to_string(card);
-      refuse(
-          std::string(op) + " got its argument " + each.name + " from the host and others from " + name +
-          ": a card refuses that; bring it there with .to('" + name + "')");
+      refuse(from_host_text(op, each.name, card));
     }
   }
   return card;
@@ -35,11 +32,6 @@ namespace {
 using at::Scalar;
 using at::Tensor;
 using Sizes = c10::SymIntArrayRef;
-
-const Tensor& or_undefined(const std::optional<Tensor>& x) {
-  static const Tensor undefined;
-  return x.has_value() ? *x : undefined;
-}
 
 template <typename Signature>
 auto python_operator(const char* name) {

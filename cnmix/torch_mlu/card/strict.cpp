@@ -5,6 +5,7 @@
 #include <ATen/core/stack.h>
 #include <torch/library.h>
 
+#include <mutex>
 #include <unordered_set>
 
 namespace cnmix::card {
@@ -14,10 +15,35 @@ void refuse(const std::string& text) {
   warn_once(text);
 }
 
-void check_card(int card) {
+void check_card(int64_t card) {
   TORCH_CHECK(
-      card < settings().cards, "there is no card mlu:", card, ": this process has ", settings().cards.load(),
+      card >= 0 && card < settings().cards, "there is no card mlu:", card, ": this process has ", settings().cards.load(),
       " (MLU_VISIBLE_DEVICES, or cnmix run --cards N, gives it another number)");
+}
+
+int card_of(std::optional<c10::Device> device) {
+  const int card = device.has_value() && device->index() >= 0 ? device->index() : current_card();
+  check_card(card);
+  return card;
+}
+
+std::string from_host_text(const std::string& op, const std::string& argument, int card) {
+  const auto name = "mlu:" + std::to_string(card);
+  return op + " got its argument " + argument + " from the host and others from " + name +
+      ": a card refuses that; bring it there with .to('" + name + "')";
+}
+
+// Never destroyed: a thread that outlives the interpreter may still come here.
+void warn_once(const std::string& text) {
+  static auto& mutex = *new std::mutex;
+  static auto& said = *new std::unordered_set<std::string>;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!said.insert(text).second) {
+      return;
+    }
+  }
+  say(text.c_str());
 }
 
 void check_result(const std::string& op, const at::Tensor& x) {

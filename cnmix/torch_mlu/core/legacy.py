@@ -23,10 +23,11 @@ def set_core_number(number: int) -> None:
     """Sets how many cores an inference takes.
 
     Raises:
-        ValueError: if the card does not have as many.
+        ValueError: if the card, or the one that ``set_core_version`` named, does not have as many.
     """
-    if not 1 <= int(number) <= settings().card.cores:
-        raise ValueError(f"an {settings().card.name} has 1 to {settings().card.cores} cores to take, not {number}")
+    card = find_card(settings().core_version or settings().card.name)
+    if not 1 <= int(number) <= card.cores:
+        raise ValueError(f"an {card.name} has 1 to {card.cores} cores to take, not {number}")
     configure(core_number=int(number))
 
 

@@ -108,6 +108,7 @@ __all__ = [
     "init",
     "initial_seed",
     "is_available",
+    "is_bf16_supported",
     "is_initialized",
     "is_mlu_tensor",
     "is_pinned",
@@ -245,7 +246,8 @@ class Device:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        library().exchange(self.prev_idx)
+        if self.prev_idx < settings().cards:  # else that card is gone, and this one stays
+            library().exchange(self.prev_idx)
 
 
 device = Device
