@@ -8,7 +8,7 @@ import pytest
 import torch
 from operator_tables import Row
 from operators_of_networks import NETWORKS
-from test_operators import run
+from test_card_operators import run
 from torch import Tensor, nn
 
 import cnmix.torch_mlu
