@@ -14,6 +14,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace cnmix::card {
 
@@ -65,6 +66,11 @@ struct Named {
 };
 // Checks that an operator's arguments are on one card, as it would; returns which.
 int one_card(const char* op, std::initializer_list<Named> arguments);
+
+// The dimensions of (N, C, *spatial) but that of the channels.
+std::vector<int64_t> all_but_channels(const at::Tensor& x);
+// A value for each channel, on the host, in the shape that goes with x.
+at::Tensor by_channel(const at::Tensor& value, const at::Tensor& x);
 
 // A tensor of the card on the bytes of a host tensor.
 at::Tensor to_card(const at::Tensor& x, int card);

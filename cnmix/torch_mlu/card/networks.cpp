@@ -156,21 +156,6 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& mask, double scale) {
 
 // Batch normalization over several processes: statistics here, the sum of all by a collective between these.
 
-std::vector<int64_t> all_but_channels(const Tensor& x) {
-  auto dims = std::vector<int64_t>{0};
-  for (int64_t i = 2; i < x.dim(); ++i) {
-    dims.push_back(i);
-  }
-  return dims;
-}
-
-// A value for each channel, in the shape that goes with x.
-Tensor by_channel(const Tensor& value, const Tensor& x) {
-  auto shape = std::vector<int64_t>(static_cast<size_t>(x.dim()), 1);
-  shape[1] = -1;
-  return host_of(value).reshape(shape);
-}
-
 // Statistics of half precision are float32.
 Tensor widened(const Tensor& x) {
   return at::isReducedFloatingType(x.scalar_type()) ? host_of(x).to(at::kFloat) : host_of(x);

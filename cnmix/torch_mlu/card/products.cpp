@@ -27,6 +27,20 @@ int one_card(const char* op, std::initializer_list<Named> arguments) {
   return card;
 }
 
+std::vector<int64_t> all_but_channels(const at::Tensor& x) {
+  auto dims = std::vector<int64_t>{0};
+  for (int64_t i = 2; i < x.dim(); ++i) {
+    dims.push_back(i);
+  }
+  return dims;
+}
+
+at::Tensor by_channel(const at::Tensor& value, const at::Tensor& x) {
+  auto shape = std::vector<int64_t>(static_cast<size_t>(x.dim()), 1);
+  shape[1] = -1;
+  return host_of(value).reshape(shape);
+}
+
 namespace {
 
 using at::Scalar;
@@ -186,9 +200,7 @@ Tensor convolution(
           "cnmix::fixed_convolution");
   auto y = op.call(host_of(x), host_of(weight), stride, padding, dilation, transposed, output_padding, groups);
   if (z.defined()) {
-    auto shape = std::vector<int64_t>(static_cast<size_t>(y.dim()), 1);
-    shape[1] = -1;
-    y.add_(z.reshape(shape));
+    y.add_(by_channel(z, y));
   }
   return to_card(y, card);
 }
@@ -215,11 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
         g, host_of(x), host_of(weight), stride, padding, dilation, transposed, output_padding, groups, mask[0], mask[1]);
   }
   if (mask[2]) {
-    auto others = std::vector<int64_t>{0};
-    for (int64_t i = 2; i < g.dim(); ++i) {
-      others.push_back(i);
-    }
-    grad_bias = g.sum(others);
+    grad_bias = g.sum(all_but_channels(g));
   }
   return {
       mask[0] ? to_card(grad_x, card) : Tensor(), mask[1] ? to_card(grad_weight, card) : Tensor(), to_card(grad_bias, card)};
