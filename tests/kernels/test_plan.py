@@ -57,11 +57,11 @@ def run(made, inputs, values, threads=(1, 2)):
 
 
 def exact_sums(x, weight, stride=(), padding=(), dilation=(), groups=1):
-    """float32 of the integer sums, which float64 holds."""
+    """float32 of the integer sums, which float64 holds; integers have no negative zero."""
     if weight.dim() == 2:
-        return (x.double().movedim(1, -1) @ weight.double().t()).movedim(-1, 1).float()
+        return (x.double().movedim(1, -1) @ weight.double().t()).movedim(-1, 1).float() + 0.0
     convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-    return convolve(x.double(), weight.double(), None, stride, padding, dilation, groups).float()
+    return convolve(x.double(), weight.double(), None, stride, padding, dilation, groups).float() + 0.0
 
 
 def to_integers(x, bits, position):
