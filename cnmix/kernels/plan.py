@@ -23,6 +23,7 @@ from .plan_chain import (
     ARENA,
     Add,
     AddValue,
+    Bounded,
     Clamp,
     LeakyRelu,
     Multiply,
@@ -31,14 +32,21 @@ from .plan_chain import (
     Stage,
     Store,
     Value,
-    aligned,
-    lay_out,
+    simplify,
 )
+from .plan_memory import aligned, lay_out, note_replaced
 from .plan_weights import Weights, arrange, gather_columns, pack_depthwise
 from .reference import output_size
 
 _MOST_STAGES = 32  # of plan.h
 _MOST_TAPS = 131071  # int8 products whose sum fits int32: 131072 * 2**14 is 2**31
+_STAGE = {
+    name: i
+    for i, name in enumerate(
+        ("multiply", "multiply_number", "add", "add_value", "relu", "leaky_relu", "clamp", "store", "quantize_8")
+        + ("quantize_16", "bounded")
+    )
+}
 _STEP = {name: i for i, name in enumerate(("product", "depthwise", "elements", "max_pool", "copy", "enlarge"))}
 
 
@@ -143,7 +151,8 @@ class Plan:
             weights = gather_columns(weight, step.arrangement, windows, groups)
         step.tiles = weights.tiles
         self._weights.append((step, weights))
-        self._add(step, source, None, chain)
+        largest = weight.detach().flatten(1).abs().sum(1, dtype=torch.int64).max().item() if weight.numel() else 0
+        self._add(step, source, None, chain, 128.0 * largest)
 
     def elements(self, source: Value, chain: Sequence[Stage]) -> None:
         """Applies a chain to the elements of a float32 value."""
@@ -152,7 +161,7 @@ class Plan:
         step = Step(_STEP["elements"])
         step.rows, step.channels, step.bytes = source.rows, source.channels, 4
         step.windows.images = source.shape[0]
-        self._add(step, source, None, chain)
+        self._add(step, source, None, chain, source.bound)
 
     def max_pool(
         self,
@@ -185,7 +194,7 @@ class Plan:
         step = Step(_STEP["max_pool"])
         step.rows, step.channels, step.bytes = target.rows, target.channels, source.dtype.itemsize
         step.windows = _windows(source.shape[0], source.shape[2:], geometry, source.channels, source.channels)
-        self._add(step, source, target, ())
+        self._add(step, source, target, (), source.bound)
 
     def concatenate(self, sources: Sequence[Value], target: Value) -> None:
         """Puts the channels of values of equal rows side by side."""
@@ -199,7 +208,7 @@ class Plan:
             step.rows, step.channels = target.rows, source.channels
             step.windows.run = step.source_stride = source.channels * source.dtype.itemsize
             step.target_stride = target.channels * target.dtype.itemsize
-            self._add(step, source, target, (), first * target.dtype.itemsize, again=first > 0)
+            self._add(step, source, target, (), source.bound, first * target.dtype.itemsize, again=first > 0)
             first += source.channels
 
     def upsample_nearest(self, source: Value, target: Value) -> None:
@@ -218,7 +227,7 @@ class Plan:
         run = source.channels * source.dtype.itemsize
         geometry = native.WindowGeometry(output, ones, ones, ones, (0,) * len(size), ones)
         step.windows = _windows(source.shape[0], size, geometry, run, run)
-        self._add(step, source, target, ())
+        self._add(step, source, target, (), source.bound)
 
     def finish(self) -> None:
         """Lays out memory and packs weights; no step can be added any more."""
@@ -307,6 +316,7 @@ class Plan:
         source: Value,
         target: Value | None,
         chain: Sequence[Stage],
+        bound: float,
         more: int = 0,
         again: bool = False,
     ) -> None:
@@ -320,65 +330,45 @@ class Plan:
         step.target.base = -1
         if target is not None:
             self._write(target, index, again)
+            target.bound = max(bound, target.bound) if again else bound
             self._places.append((step.target, target, more))
-        if len(chain) > _MOST_STAGES:
-            raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
-        stages = (structures.Stage * len(chain))(
-            *(self._stage(stage, step.rows, step.channels, index) for stage in chain)
-        )
-        for stage, made in zip(chain, stages, strict=True):
-            if isinstance(stage, (AddValue, Store, Quantize)):
+        _check_chain(chain, step.rows, step.channels)
+        for stage in chain:
+            if isinstance(stage, AddValue):
+                self._read(stage.value, index)
+                stage.value.planes = False
+            elif isinstance(stage, (Store, Quantize)):
+                self._write(stage.value, index)
+        note_replaced(source, chain)
+        simple = simplify(chain, bound)
+        stages = (structures.Stage * len(simple))(*(self._stage(stage) for stage in simple))
+        for stage, made in zip(simple, stages, strict=True):
+            if isinstance(stage, (AddValue, Store, Quantize, Bounded)):
+                made.stride = step.channels
                 self._places.append((made.place, stage.value, 0))
-        self._find_replaced(source, chain)
         self._kept.append(stages)
-        step.stages, step.stage_count = stages, len(chain)
+        step.stages, step.stage_count = stages, len(simple)
         self._steps.append(step)
 
-    @staticmethod
-    def _find_replaced(source: Value, chain: Sequence[Stage]) -> None:
-        """Notes which value a stored one may take the place of: the only one that was added, before."""
-        added = [i for i, stage in enumerate(chain) if isinstance(stage, AddValue)]
-        stored = [i for i, stage in enumerate(chain) if isinstance(stage, Store)]
-        if len(added) == 1 and stored and added[0] < stored[0]:
-            before, after = chain[added[0]], chain[stored[0]]
-            if isinstance(before, AddValue) and isinstance(after, Store) and before.value is not source:
-                after.value.over = before.value
-
-    def _stage(self, stage: Stage, rows: int, channels: int, index: int) -> structures.Stage:
+    def _stage(self, stage: Stage | Bounded) -> structures.Stage:
         if isinstance(stage, (Multiply, Add)):
             values = stage[0]
             if not isinstance(values, Tensor):
-                return structures.Stage(1, None, values)
-            if values.dtype != torch.float32 or tuple(values.shape) != (channels,):
-                raise ValueError(
-                    f"constants of {channels} channels are float32 ({channels},), not {tuple(values.shape)}"
-                )
+                return structures.Stage(_STAGE["multiply_number"], None, values)
             # Registers of sixteen are read at once.
             padded = torch.cat((values.detach(), values.new_zeros(16)))
             self._kept.append(padded)
-            return structures.Stage(0 if isinstance(stage, Multiply) else 2, padded.data_ptr())
-        if isinstance(stage, Relu):
-            return structures.Stage(4)
-        if isinstance(stage, LeakyRelu):
-            return structures.Stage(5, None, stage.slope)
-        if isinstance(stage, Clamp):
-            return structures.Stage(6, None, stage.low, stage.high)
-        value = stage.value
-        dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
-        if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
-            raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
-        made = structures.Stage(3)
-        if isinstance(stage, AddValue):
-            self._read(value, index)
-            value.planes = False
-        else:
-            self._write(value, index)
-            made.kind = 7
+            return structures.Stage(_STAGE["multiply" if isinstance(stage, Multiply) else "add"], padded.data_ptr())
         if isinstance(stage, Quantize):
-            made.kind = {8: 8, 16: 9}[stage.bits]
-            made.number, made.other = _scale(-stage.position)
-        made.stride = channels
-        return made
+            return structures.Stage(_STAGE[f"quantize_{stage.bits}"], None, *_scale(-stage.position))
+        if isinstance(stage, Bounded):
+            return structures.Stage(_STAGE["bounded"], None, stage.scale, stage.positive)
+        if isinstance(stage, LeakyRelu):
+            return structures.Stage(_STAGE["leaky_relu"], None, stage.slope)
+        if isinstance(stage, Clamp):
+            return structures.Stage(_STAGE["clamp"], None, stage.low, stage.high)
+        kinds = {AddValue: "add_value", Relu: "relu", Store: "store"}
+        return structures.Stage(_STAGE[kinds[type(stage)]])
 
     def _read(self, value: Value, index: int) -> None:
         if value.written is None or value.written == index:
@@ -390,6 +380,23 @@ class Plan:
             raise ValueError(f"{value} is written already")
         value.written = index if value.written is None else value.written
         value.read = index if value.read is None else max(index, value.read)
+
+
+def _check_chain(chain: Sequence[Stage], rows: int, channels: int) -> None:
+    if len(chain) > _MOST_STAGES:
+        raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
+    for stage in chain:
+        if isinstance(stage, (Multiply, Add)) and isinstance(stage[0], Tensor):
+            constants = stage[0]
+            if constants.dtype != torch.float32 or tuple(constants.shape) != (channels,):
+                raise ValueError(
+                    f"constants of {channels} channels are float32 ({channels},), not {tuple(constants.shape)}"
+                )
+        if isinstance(stage, (AddValue, Store, Quantize)):
+            value = stage.value
+            dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
+            if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
+                raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
 
 
 def _scale(exponent: int) -> tuple[float, float]:

@@ -71,6 +71,36 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_stage(const Sta
   _mm512_store_ps(bad, _mm512_add_ps(_mm512_add_ps(notes[0], notes[1]), _mm512_add_ps(notes[2], notes[3])));
 }
 
+// Four rows at a time, packed together.
+template <Extent extent>
+CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_bounded(const Stage& s, const __m512* v, int8_t* to,
+                                                                         const Cells<extent>& cells, __mmask16 lanes) {
+  const __m512 scale = _mm512_set1_ps(s.number);
+  const __m512i least = _mm512_set1_epi8(s.other != 0.0f ? 0 : -128);
+  const __m512i by_rows = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const bool scaled = s.number != 1.0f;
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    __m512i q[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 x = scaled ? _mm512_mul_ps(v[i + j], scale) : v[i + j];
+      q[j] = _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    const __m512i rows = _mm512_permutexvar_epi32(by_rows, _mm512_max_epi8(bytes, least));
+    const __m128i four[4] = {_mm512_castsi512_si128(rows), _mm512_extracti32x4_epi32(rows, 1),
+                             _mm512_extracti32x4_epi32(rows, 2), _mm512_extracti32x4_epi32(rows, 3)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if (extent == SOME_CHANNELS)
+        _mm_mask_storeu_epi8(to + cells.at(i + j), lanes, four[j]);
+      else
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + cells.at(i + j)), four[j]);
+    }
+  }
+}
+
 // Applies the stages to `count` rows from `row` on, at `channel`.
 template <Extent extent>
 CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain& chain, __m512* v, int64_t row,
@@ -131,6 +161,9 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain&
         }
         break;
       }
+      case QUANTIZE_BOUNDED:
+        quantize_bounded<extent>(s, v, reinterpret_cast<int8_t*>(s.memory) + first, cells, lanes);
+        break;
       case QUANTIZE_BYTES:
         quantize_stage<extent>(s, v, reinterpret_cast<int8_t*>(s.memory) + first, cells, lanes, bad);
         break;

@@ -229,6 +229,7 @@ CNMIX_AMX void multiply_amx(const Product& product, const Strips& strips, const 
     Strips part = strips;
     part.tiles = std::min(ceil_div(strips.tiles, kTilesOfBlock), strips.tiles - done);
     part.offsets += done;
+    part.ahead += done * part.ahead_bytes;
     for (int side = 0; side < 2; ++side)
       if (part.b[side]) part.b[side] += done * kTileBytes;
     add_strips_amx(part);
@@ -282,6 +283,11 @@ void run_product(const Job& job, int64_t task, Worker& worker) {
   const int64_t height = static_cast<int64_t>(ready.panels.size());
   alignas(64) TileSums sums[2];
   Block before;
+  // Weights come from afar: the processor's own guesses do not keep up with the tile unit. What the next two panels of
+  // columns lack is asked for by the blocks of these two.
+  const bool rows_first = step.tiles > kNearTiles && (end - begin) * panel <= kNearBytes;
+  const int64_t blocks = rows_first ? 1 : std::min<int64_t>(32, ceil_div(height, 2));
+  const int64_t each = ceil_div(2 * kTileBytes / 64, blocks) * 64;
   const auto multiply_block = [&](int64_t r, int64_t c) {
     const Block block{r, c, std::min<int64_t>(2, height - r), std::min<int64_t>(2, end - c),
                       before.sums == &sums[0] ? &sums[1] : &sums[0]};
@@ -291,7 +297,9 @@ void run_product(const Job& job, int64_t task, Worker& worker) {
                         {b, block.columns > 1 ? b + panel : nullptr},
                         ready.stride,
                         ready.offsets.data(),
-                        step.tiles};
+                        step.tiles,
+                        b + 2 * panel + r / 2 * each * step.tiles,
+                        r / 2 < blocks ? each : 0};
     if (worker.vnni) {
       const int32_t* const begins[2] = {corrections + c * kTileRows, corrections + (c + 1) * kTileRows};
       multiply_strips_vnni(strips, begins, *block.sums);
@@ -302,7 +310,7 @@ void run_product(const Job& job, int64_t task, Worker& worker) {
 #endif
     before = block;
   };
-  if (step.tiles > kNearTiles && (end - begin) * panel <= kNearBytes)
+  if (rows_first)
     for (int64_t r = 0; r < height; r += 2)
       for (int64_t c = begin; c < end; c += 2) multiply_block(r, c);
   else

@@ -13,6 +13,8 @@ struct Strips {
   int64_t stride;              // bytes from one row to the next
   const int64_t* offsets;
   int64_t tiles;
+  const uint8_t* ahead;        // what is soon wanted in the second-level cache: so many bytes with each tile
+  int64_t ahead_bytes;
 };
 
 #if defined(CNMIX_HAS_AMX)
@@ -23,6 +25,8 @@ CNMIX_AMX __attribute__((always_inline)) inline void add_strips(const Strips& s)
   const int64_t stride = s.stride;
   for (int64_t t = 0; t < s.tiles; ++t) {
     const int64_t at = s.offsets[t];
+    for (int64_t i = 0; i < s.ahead_bytes; i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(s.ahead + t * s.ahead_bytes + i), _MM_HINT_T1);
     _tile_loadd(6, b0 + t * kTileBytes, 64);
     _tile_loadd(4, a0 + at, stride);
     _tile_dpbssd(0, 4, 6);

@@ -71,6 +71,7 @@ enum StageKind {
   STORE = 7,
   QUANTIZE_BYTES = 8,
   QUANTIZE_WORDS = 9,
+  QUANTIZE_BOUNDED = 10,  // to bytes, of elements that are finite and fit int32 when scaled; `other` 1: no negative ones
 };
 
 // A stage with its address in this run.
