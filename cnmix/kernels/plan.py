@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..fixed_point import storage_dtype
 from . import native
 from .native import structures
 from .native.structures import Place, Step, Steps, Windows
@@ -32,21 +31,30 @@ from .plan_chain import (
     Stage,
     Store,
     Value,
+    check_chain,
+    encode,
     simplify,
 )
 from .plan_memory import aligned, lay_out, note_replaced
 from .plan_weights import Weights, arrange, gather_columns, pack_depthwise
 from .reference import output_size
 
-_MOST_STAGES = 32  # of plan.h
+__all__ = [
+    "Add",
+    "AddValue",
+    "Clamp",
+    "LeakyRelu",
+    "Multiply",
+    "Plan",
+    "Quantize",
+    "Relu",
+    "Stage",
+    "Store",
+    "Value",
+    "serves",
+]
+
 _MOST_TAPS = 131071  # int8 products whose sum fits int32: 131072 * 2**14 is 2**31
-_STAGE = {
-    name: i
-    for i, name in enumerate(
-        ("multiply", "multiply_number", "add", "add_value", "relu", "leaky_relu", "clamp", "store", "quantize_8")
-        + ("quantize_16", "bounded")
-    )
-}
 _STEP = {name: i for i, name in enumerate(("product", "depthwise", "elements", "max_pool", "copy", "enlarge"))}
 
 
@@ -151,7 +159,7 @@ class Plan:
             weights = gather_columns(weight, step.arrangement, windows, groups)
         step.tiles = weights.tiles
         self._weights.append((step, weights))
-        largest = weight.detach().flatten(1).abs().sum(1, dtype=torch.int64).max().item() if weight.numel() else 0
+        largest = weight.detach().flatten(1).short().abs().sum(1).max().item() if weight.numel() else 0
         self._add(step, source, None, chain, 128.0 * largest)
 
     def elements(self, source: Value, chain: Sequence[Stage]) -> None:
@@ -332,7 +340,7 @@ class Plan:
             self._write(target, index, again)
             target.bound = max(bound, target.bound) if again else bound
             self._places.append((step.target, target, more))
-        _check_chain(chain, step.rows, step.channels)
+        check_chain(chain, step.rows, step.channels)
         for stage in chain:
             if isinstance(stage, AddValue):
                 self._read(stage.value, index)
@@ -341,34 +349,14 @@ class Plan:
                 self._write(stage.value, index)
         note_replaced(source, chain)
         simple = simplify(chain, bound)
-        stages = (structures.Stage * len(simple))(*(self._stage(stage) for stage in simple))
-        for stage, made in zip(simple, stages, strict=True):
-            if isinstance(stage, (AddValue, Store, Quantize, Bounded)):
+        stages = (structures.Stage * len(simple))(*(encode(stage, self._kept) for stage in simple))
+        for operation, made in zip(simple, stages, strict=True):
+            if isinstance(operation, (AddValue, Store, Quantize, Bounded)):
                 made.stride = step.channels
-                self._places.append((made.place, stage.value, 0))
+                self._places.append((made.place, operation.value, 0))
         self._kept.append(stages)
         step.stages, step.stage_count = stages, len(simple)
         self._steps.append(step)
-
-    def _stage(self, stage: Stage | Bounded) -> structures.Stage:
-        if isinstance(stage, (Multiply, Add)):
-            values = stage[0]
-            if not isinstance(values, Tensor):
-                return structures.Stage(_STAGE["multiply_number"], None, values)
-            # Registers of sixteen are read at once.
-            padded = torch.cat((values.detach(), values.new_zeros(16)))
-            self._kept.append(padded)
-            return structures.Stage(_STAGE["multiply" if isinstance(stage, Multiply) else "add"], padded.data_ptr())
-        if isinstance(stage, Quantize):
-            return structures.Stage(_STAGE[f"quantize_{stage.bits}"], None, *_scale(-stage.position))
-        if isinstance(stage, Bounded):
-            return structures.Stage(_STAGE["bounded"], None, stage.scale, stage.positive)
-        if isinstance(stage, LeakyRelu):
-            return structures.Stage(_STAGE["leaky_relu"], None, stage.slope)
-        if isinstance(stage, Clamp):
-            return structures.Stage(_STAGE["clamp"], None, stage.low, stage.high)
-        kinds = {AddValue: "add_value", Relu: "relu", Store: "store"}
-        return structures.Stage(_STAGE[kinds[type(stage)]])
 
     def _read(self, value: Value, index: int) -> None:
         if value.written is None or value.written == index:
@@ -380,30 +368,6 @@ class Plan:
             raise ValueError(f"{value} is written already")
         value.written = index if value.written is None else value.written
         value.read = index if value.read is None else max(index, value.read)
-
-
-def _check_chain(chain: Sequence[Stage], rows: int, channels: int) -> None:
-    if len(chain) > _MOST_STAGES:
-        raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
-    for stage in chain:
-        if isinstance(stage, (Multiply, Add)) and isinstance(stage[0], Tensor):
-            constants = stage[0]
-            if constants.dtype != torch.float32 or tuple(constants.shape) != (channels,):
-                raise ValueError(
-                    f"constants of {channels} channels are float32 ({channels},), not {tuple(constants.shape)}"
-                )
-        if isinstance(stage, (AddValue, Store, Quantize)):
-            value = stage.value
-            dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
-            if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
-                raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
-
-
-def _scale(exponent: int) -> tuple[float, float]:
-    """Returns a power of two as two float32 factors; the second is 1 where one is enough."""
-    if -126 <= exponent <= 127:
-        return math.ldexp(1.0, exponent), 1.0
-    return math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
 
 
 def _windows(images: int, size: Sequence[int], geometry: native.WindowGeometry, run: int, pixel: int) -> Windows:

@@ -9,6 +9,15 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..fixed_point import storage_dtype
+from .native import structures
+
+# StageKind of plan.h.
+_KINDS = (
+    *("multiply", "multiply number", "add", "add value", "relu", "leaky relu", "clamp", "store"),
+    *("quantize 8", "quantize 16", "bounded"),
+)
+_MOST_STAGES = 32  # of plan.h
 ARENA = 0  # the address that inner values count from; each input and output has one of its own
 
 
@@ -113,6 +122,7 @@ class Bounded(NamedTuple):
 
 
 _SCALED_LIMIT = 2.0**30  # int32, with room for rounding
+_FLOAT_LIMIT = 2.0**127  # of float32, with room for rounding
 _ROUNDING = 1 + 2.0**-20  # what a float32 operation may add to a bound, generously
 _EXACT = 2.0**-60, 2.0**60  # constants that powers of two may move without leaving the normal numbers
 
@@ -139,7 +149,7 @@ def simplify(chain: Sequence[Stage], bound: float) -> list[Stage | Bounded]:
             bound = max(abs(stage.low), abs(stage.high))
         elif isinstance(stage, Store):
             stage.value.bound = bound
-        bound = math.inf if math.isnan(bound) else bound
+        bound = bound if bound < _FLOAT_LIMIT else math.inf  # it may be NaN
         if (
             isinstance(stage, Quantize)
             and stage.bits == 8
@@ -155,6 +165,53 @@ def simplify(chain: Sequence[Stage], bound: float) -> list[Stage | Bounded]:
         positive = bool(before) and isinstance(before[-1], Relu)
         made = [*(before[:-1] if positive else before), Bounded(last.value, scale, positive)]
     return made
+
+
+def check_chain(chain: Sequence[Stage], rows: int, channels: int) -> None:
+    """Raises ValueError where stages do not fit elements of so many rows and channels."""
+    if len(chain) > _MOST_STAGES:
+        raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
+    for stage in chain:
+        if isinstance(stage, (Multiply, Add)) and isinstance(stage[0], Tensor):
+            constants = stage[0]
+            if constants.dtype != torch.float32 or tuple(constants.shape) != (channels,):
+                raise ValueError(
+                    f"constants of {channels} channels are float32 ({channels},), not {tuple(constants.shape)}"
+                )
+        if isinstance(stage, (AddValue, Store, Quantize)):
+            value = stage.value
+            dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
+            if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
+                raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
+
+
+def encode(stage: Stage | Bounded, kept: list[object]) -> structures.Stage:
+    """Describes a stage to the compiled part, but for its place; appends to ``kept`` what it points to."""
+    if isinstance(stage, (Multiply, Add)):
+        values = stage[0]
+        if not isinstance(values, Tensor):
+            return structures.Stage(_KINDS.index("multiply number"), None, values)
+        # Registers of sixteen are read at once.
+        padded = torch.cat((values.detach(), values.new_zeros(16)))
+        kept.append(padded)
+        return structures.Stage(_KINDS.index("multiply" if isinstance(stage, Multiply) else "add"), padded.data_ptr())
+    if isinstance(stage, Quantize):
+        return structures.Stage(_KINDS.index(f"quantize {stage.bits}"), None, *_scale(-stage.position))
+    if isinstance(stage, Bounded):
+        return structures.Stage(_KINDS.index("bounded"), None, stage.scale, stage.positive)
+    if isinstance(stage, LeakyRelu):
+        return structures.Stage(_KINDS.index("leaky relu"), None, stage.slope)
+    if isinstance(stage, Clamp):
+        return structures.Stage(_KINDS.index("clamp"), None, stage.low, stage.high)
+    kinds: dict[type, str] = {AddValue: "add value", Relu: "relu", Store: "store"}
+    return structures.Stage(_KINDS.index(kinds[type(stage)]))
+
+
+def _scale(exponent: int) -> tuple[float, float]:
+    """Returns a power of two as two float32 factors; the second is 1 where one is enough."""
+    if -126 <= exponent <= 127:
+        return math.ldexp(1.0, exponent), 1.0
+    return math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
 
 
 def _join_factors(chain: Sequence[Stage]) -> list[Stage]:

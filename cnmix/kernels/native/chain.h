@@ -12,12 +12,23 @@ namespace cnmix {
 struct PanelRows {
   int64_t row;            // of the output, where the first goes
   int64_t count;
-  uint8_t from[kTileRows];  // the sums' row of each; those beyond `count` repeat the last
+  uint8_t from[2 * kTileRows];  // the sums' row of each; those beyond `count` repeat the last
+
+  // Adds `n` rows of the sums from `first` on.
+  void add(int64_t first, int64_t n) {
+    for (int64_t i = 0; i < kTileRows; ++i) from[count + i] = static_cast<uint8_t>(first + i);
+    count += n;
+  }
+  void end() {
+    const uint8_t last = count ? from[count - 1] : 0;
+    for (int64_t i = 0; i < kTileRows; ++i) from[count + i] = last;
+  }
 };
 
 inline PanelRows whole_panel(int64_t row, int64_t count) {
-  PanelRows rows{row, std::min<int64_t>(kTileRows, count), {}};
-  for (int64_t i = 0; i < kTileRows; ++i) rows.from[i] = static_cast<uint8_t>(std::min(i, rows.count - 1));
+  PanelRows rows{row, 0, {}};
+  rows.add(0, std::min<int64_t>(kTileRows, count));
+  rows.end();
   return rows;
 }
 
@@ -183,6 +194,7 @@ CNMIX_AVX512 __attribute__((noinline)) inline void finish_sums(const Chain& chai
     for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + i * stride));
     return apply_chain<WHOLE>(chain, v, rows.row, kTileRows, channel, 0xffff, bad);
   }
+  if (rows.count == 0) return;
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + rows.from[i] * stride));
   if (width >= kTileRows) return apply_chain<ALL_CHANNELS>(chain, v, rows.row, rows.count, channel, 0xffff, bad);

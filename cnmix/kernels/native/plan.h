@@ -57,8 +57,10 @@ namespace cnmix {
 enum StepKind { PRODUCT = 0, DEPTHWISE = 1, ELEMENTS = 2, MAX_POOL = 3, COPY = 4, ENLARGE = 5 };
 
 // How a product meets its rows: as they lie in the source; lines of the image with zeros around them, of which the taps of
-// one line are one run of K; or windows gathered one by one.
-enum RowArrangement { LYING_ROWS = 0, IMAGE_LINES = 1, GATHERED_WINDOWS = 2 };
+// one line are one run of K; windows gathered one by one; or windows copied from such lines. Tiles of rows that do not
+// begin at half a line of the cache load so slowly that they are copied.
+enum RowArrangement { LYING_ROWS = 0, IMAGE_LINES = 1, GATHERED_WINDOWS = 2, LINE_WINDOWS = 3 };
+constexpr int64_t kQuickStart = 32;  // bytes
 
 enum StageKind {
   MULTIPLY = 0,
