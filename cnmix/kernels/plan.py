@@ -266,8 +266,9 @@ class Plan:
         """Runs the steps.
 
         Args:
-            inputs: tensors of the inputs' shapes and types, in the order of their declaration; anything that is not
-                channels last is copied first, unless only steps on elements read it.
+            inputs: tensors of the inputs' shapes and types, in the order of their declaration, or of a whole number of
+                times their first dimension: then the steps run so many times, which keeps what is between them in the
+                cache. Anything that is not channels last is copied first, unless only steps on elements read it.
             outputs: memory for the outputs, channels last.
 
         Returns:
@@ -294,26 +295,28 @@ class Plan:
         if len(inputs) != len(self._inputs) or len(outputs) != len(self._outputs):
             raise ValueError(f"the plan takes {len(self._inputs)} inputs and {len(self._outputs)} outputs")
         count = 1 + len(inputs) + len(outputs)
-        bases, planes = (ctypes.c_void_p * count)(self._arena.data_ptr()), (ctypes.c_int64 * count)()
+        bases, numbers = (ctypes.c_void_p * count)(self._arena.data_ptr()), ctypes.c_int64 * count
+        strides, planes = numbers(), numbers()
         kept = []
+        turns = _turns([*inputs, *outputs], [*self._inputs, *self._outputs])
         for tensor, value in zip(inputs, self._inputs, strict=True):
-            _check(tensor, value)
             if not _channels_last(tensor):
                 if value.planes and tensor.is_contiguous():
                     planes[value.base] = 1
                 else:
                     tensor = tensor.movedim(1, -1).contiguous()
             kept.append(tensor)
-            bases[value.base] = tensor.data_ptr()
+            bases[value.base], strides[value.base] = tensor.data_ptr(), value.bytes
         for tensor, value in zip(outputs, self._outputs, strict=True):
-            _check(tensor, value)
             if not _channels_last(tensor):
                 raise ValueError(
                     f"the memory of the output {value} must be channels last, not of strides {tensor.stride()}"
                 )
-            bases[value.base] = tensor.data_ptr()
+            bases[value.base], strides[value.base] = tensor.data_ptr(), value.bytes
+        run = structures.Run(*(ctypes.addressof(array) for array in (bases, strides, planes)), turns)
+        run.seconds = None if seconds is None else ctypes.addressof(seconds)
         with self._lock:
-            outcome = library.cnmix_run_plan(ctypes.byref(self._array), bases, planes, seconds)
+            outcome = library.cnmix_run_plan(ctypes.byref(self._array), ctypes.byref(run))
         if outcome == 2:
             raise MemoryError("no memory for the rows that a thread of a plan prepares")
         return outcome == 0
@@ -380,9 +383,16 @@ def _windows(images: int, size: Sequence[int], geometry: native.WindowGeometry, 
     return windows
 
 
-def _check(tensor: Tensor, value: Value) -> None:
-    if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype or tensor.device.type != "cpu":
-        raise ValueError(f"the plan takes {value}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+def _turns(tensors: Sequence[Tensor], values: Sequence[Value]) -> int:
+    """Returns how many times the tensors have the values' N, after a check of everything else."""
+    turns = max(
+        (len(x) // max(1, value.shape[0]) for x, value in zip(tensors, values, strict=True) if x.dim()), default=1
+    )
+    for x, value in zip(tensors, values, strict=True):
+        shape = (turns * value.shape[0], *value.shape[1:])
+        if tuple(x.shape) != shape or x.dtype != value.dtype or x.device.type != "cpu":
+            raise ValueError(f"the plan takes {value}, not {x.dtype} {tuple(x.shape)} on {x.device}")
+    return turns
 
 
 def _channels_last(tensor: Tensor) -> bool:

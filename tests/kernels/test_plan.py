@@ -331,6 +331,26 @@ def test_constants_that_are_not_finite(constants):
     assert not made.run([x], [empty(target)])
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_larger_batches_take_turns(last):
+    made, x, outputs, _ = residual_network(blocks=2)
+    made.finish()
+    parts = [x, x * 2, x.flip(0)]
+    expected = [[empty(value) for value in outputs] for _ in parts]
+    for part, results in zip(parts, expected, strict=True):
+        assert made.run([part], results)
+    batch = torch.cat(parts)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results = [channels_last(torch.zeros(6, *value.shape[1:], dtype=value.dtype)) for value in outputs]
+        assert made.run([channels_last(batch) if last else batch], results)
+        assert all(same_bits(a, torch.cat(b)) for a, b in zip(results, zip(*expected, strict=True), strict=True))
+    with pytest.raises(ValueError, match="the plan takes Value"):
+        made.run([batch], expected[0])
+    with pytest.raises(ValueError, match="the plan takes Value"):
+        made.run([batch[:5]], [result[:5] for result in results])
+
+
 def test_any_thread_may_run_a_plan():
     made, x, outputs, _ = residual_network(blocks=2)
     made.finish()

@@ -52,6 +52,15 @@ struct CnmixPlan {
   int64_t count;
 };
 
+// The tensors of a run: the addresses that places count from, how many bytes further they are in the next turn, and
+// whether they lie channel by channel. A batch takes a turn for each part that the plan was made for.
+struct CnmixRun {
+  uint8_t* const* bases;
+  const int64_t *strides, *planes;
+  int64_t turns;
+  double* seconds;        // gets the time of each step added, where given
+};
+
 namespace cnmix {
 
 enum StepKind { PRODUCT = 0, DEPTHWISE = 1, ELEMENTS = 2, MAX_POOL = 3, COPY = 4, ENLARGE = 5 };
