@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..kernels import native, plan
-from .fusion import Call, Floats, Fused, Integers, Key, Layout, folded, fuse_steps
+from .fusion import folded, fuse_steps
 from .lowering import export
+from .nodes import Call, Floats, Fused, Integers, Key, Layout
 from .program import Program, run_step
 
 
 class FusedProgram:
     """Computes a program with as few passes over its tensors as its plans allow.
 
-    Where this machine has no kernels for plans, it computes operator by operator. So it does when a tensor that is to be
-    quantized holds NaN or infinity, which plans only find.
+    Where this machine has no kernels for plans, it computes operator by operator. So it does when a tensor that is to
+    be quantized holds NaN or infinity, which plans only find.
 
     Args:
         program: of float32 tensors on the CPU.
@@ -168,7 +170,7 @@ class _Group:
     def _shape(self, key: Key, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
         shape = self._program.specs[key.value].shape
         dtype = torch.float32 if isinstance(key, Floats) else torch.int8
-        return (shape if layout == "image" else (shape[:-1].numel(), shape[-1])), dtype  # type: ignore[attr-defined]
+        return (shape if layout == "image" else (math.prod(shape[:-1]), shape[-1])), dtype
 
     def _empty(self, key: Key, layout: Layout) -> Tensor:
         shape = self._program.specs[key.value].shape
@@ -219,9 +221,11 @@ class _Group:
             wanted.setdefault(node.points[key.value], []).append(key)
         cuts = sorted({0, len(node.stages), *wanted})
         chain: list[Any] = []
+        shape = self._program.specs[next(iter(node.points))].shape
+        channels = shape[1 if node.layout == "image" else -1]
         for start, end in zip([0, *cuts], cuts, strict=False):
             part = node.stages[start:end]
-            chain += [self._stage(each, node.layout) for each in (folded(part) if start == 0 else part)]
+            chain += [self._stage(each, node.layout, channels) for each in (folded(part) if start == 0 else part)]
             for key in wanted.get(end, ()):
                 value = self._find(key, node.layout)
                 if isinstance(key, Floats):
@@ -230,12 +234,12 @@ class _Group:
                     chain.append(plan.Quantize(value, key.bits, key.position))
         return chain
 
-    def _stage(self, stage: Any, layout: Layout) -> Any:
+    def _stage(self, stage: Any, layout: Layout, channels: int) -> Any:
         kind, operand = stage
         if kind == "multiply":
             return plan.Multiply(operand.item() if operand.numel() == 1 else operand)
         if kind == "add":
-            return plan.Add(operand)
+            return plan.Add(operand.expand(channels) if operand.numel() == 1 else operand)
         if kind == "add_value":
             return plan.AddValue(self._find(Floats(operand), layout))
         if kind == "relu":

@@ -10,130 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fixed_point import is_float32_exponent
-from .program import CONVOLUTION, LINEAR, Program, Ref, Spec, Step
-
-Layout = Literal["image", "rows"]
-"""How a tensor lies in a plan: (N, C, *spatial) with its channels side by side, or (..., C) as it is."""
+from .nodes import Call, Floats, Fused, Integers, Key, Layout, Node, Stage, grouped
+from .program import CONVOLUTION, LINEAR, Program, Ref, Step
 
 # Sums of more products than this could leave int32.
 LONGEST_SUM = (1 << 31) // (1 << 14) - 1
-
-
-class Floats(NamedTuple):
-    """A tensor of the program as float32.
-
-    Attributes:
-        value: its name.
-    """
-
-    value: str
-
-
-class Integers(NamedTuple):
-    """A tensor of the program, quantized.
-
-    Attributes:
-        value: its name.
-        bits: width.
-        position: exponent of the step.
-        layout: how it lies.
-    """
-
-    value: str
-    bits: int
-    position: int
-    layout: Layout
-
-
-Key = Floats | Integers
-
-
-class Stage(NamedTuple):
-    """An operation on each element of a product's result, or of a tensor.
-
-    Attributes:
-        kind: what it is.
-        operand: a factor or term for each channel or for all, the other tensor, a slope, or two limits.
-    """
-
-    kind: Literal["multiply", "add", "add_value", "relu", "leaky_relu", "clamp"]
-    operand: Any = None
-
-
-@dataclass
-class Fused:
-    """A step of a plan.
-
-    Attributes:
-        kind: what it computes: a product, a chain of element-wise stages alone, or a movement of integers.
-        place: of the step in the program that it begins with.
-        layout: of its results.
-        sources: what it begins with: one tensor, or those to concatenate.
-        step: of the program; None for a quantization alone.
-        weight: int8, of a product: (O, C / groups, *kernel) or (O, K).
-        geometry: stride, padding, dilation and groups of a convolution; kernel, stride, padding, dilation of a maximum.
-        stages: of the chain.
-        places: of all its steps in the program.
-        points: after how many stages each tensor of the program is complete.
-        stored: the tensors that are wanted as floats.
-        quantized: those that are wanted as integers.
-    """
-
-    kind: Literal["product", "elements", "max_pool", "concatenate", "upsample"]
-    place: int
-    layout: Layout
-    sources: list[Key]
-    step: Step | None = None
-    weight: Tensor | None = None
-    geometry: tuple[Any, ...] = ()
-    stages: list[Stage] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    points: dict[str, int] = field(default_factory=dict)
-    stored: list[str] = field(default_factory=list)
-    quantized: list[Integers] = field(default_factory=list)
-
-    def inputs(self) -> Iterator[Key]:
-        """Yields what it takes."""
-        yield from self.sources
-        yield from (Floats(each.operand) for each in self.stages if each.kind == "add_value")
-
-    def results(self) -> Iterator[Key]:
-        """Yields what it makes."""
-        yield from (Floats(name) for name in self.stored)
-        yield from self.quantized
-
-
-@dataclass
-class Call:
-    """A step of the program that stays as it is.
-
-    Attributes:
-        place: in the program.
-        step: of the program.
-        sources: what it takes, without constants.
-    """
-
-    place: int
-    step: Step
-    sources: list[Key]
-
-    def inputs(self) -> Iterator[Key]:
-        """Yields what it takes."""
-        yield from self.sources
-
-    def results(self) -> Iterator[Key]:
-        """Yields what it makes."""
-        yield from (Floats(name) for name in self.step.outputs if name is not None)
-
-
-Node = Fused | Call
 
 
 def fuse_steps(program: Program) -> list[list[Fused] | Call]:
@@ -154,7 +41,7 @@ def fuse_steps(program: Program) -> list[list[Fused] | Call]:
             for place in node.places
         }
         if not floats:
-            return _grouped(nodes)
+            return grouped(nodes)
         plain |= floats
 
 
@@ -360,6 +247,9 @@ class _Joining:
         if step.operator not in ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"):
             return None
         image = step.arguments[0].name
+        copy = self.program.steps[self.makers[image]] if image in self.makers else None
+        if copy is not None and copy.operator == "aten.clone.default":
+            image = copy.arguments[0].name
         shape = self.program.specs[image].shape if image in self.program.specs else ()
         flat = (shape[0], math.prod(shape[1:])) if len(shape) == 4 else None
         return image if flat == self._shape(name) else None
@@ -371,6 +261,7 @@ class _Joining:
             return None
         step = self.program.steps[index]
         arguments, shape = step.arguments, self._shape(key.value)
+        geometry: tuple[Any, ...] = ()
         if step.operator == "aten.max_pool2d.default":
             numbers = [*arguments[1:], *[None] * 4][:4]
             kernel = _pair(numbers[0], 1)
@@ -378,12 +269,12 @@ class _Joining:
             geometry = (kernel, stride, _pair(numbers[2], 0), _pair(numbers[3], 1))
             names, kind = [arguments[0].name], "max_pool"
         elif step.operator == "aten.cat.default" and (len(arguments) > 1 and arguments[1] in (1, 1 - len(shape))):
-            geometry, names, kind = (), [each.name for each in arguments[0]], "concatenate"
+            names, kind = [each.name for each in arguments[0]], "concatenate"
         elif step.operator.startswith("aten.upsample_nearest2d."):
             source = self._shape(arguments[0].name)
             if any(after % before for after, before in zip(shape[2:], source[2:], strict=True)):
                 return None
-            geometry, names, kind = (), [arguments[0].name], "upsample"
+            names, kind = [arguments[0].name], "upsample"
         else:
             return None
         sources: list[Key] = [key._replace(value=name) for name in names]
@@ -411,49 +302,3 @@ def _pair(given: Any, otherwise: Any) -> tuple[int, int]:
     given = otherwise if given in (None, []) else given
     numbers = [given] if isinstance(given, int) else list(given)
     return tuple(numbers * 2 if len(numbers) == 1 else numbers)  # type: ignore[return-value]
-
-
-def _grouped(nodes: list[Node]) -> list[list[Fused] | Call]:
-    """Arranges nodes so that each group of fused ones is as large as it can be."""
-    made_by = {key: node for node in nodes for key in node.results()}
-    waiting = sorted(nodes, key=lambda node: (node.place, isinstance(node, Call)))
-    done: set[int] = set()
-    arranged: list[list[Fused] | Call] = []
-
-    def ready(node: Node) -> bool:
-        return all(id(made_by[key]) in done for key in node.inputs() if key in made_by)
-
-    while waiting:
-        group: list[Fused] = []
-        progress = True
-        while progress:
-            progress = False
-            for node in [each for each in waiting if isinstance(each, Fused)]:
-                if ready(node):
-                    group.append(node)
-                    done.add(id(node))
-                    waiting.remove(node)
-                    progress = True
-        if group:
-            arranged.append(group)
-        progress = True
-        calls = 0
-        while progress:
-            progress = False
-            for node in [each for each in waiting if isinstance(each, Call)]:
-                if ready(node):
-                    arranged.append(node)
-                    done.add(id(node))
-                    waiting.remove(node)
-                    progress, calls = True, calls + 1
-        if not group and not calls:
-            raise RuntimeError("the steps of the program wait for each other")
-    return arranged
-
-
-def spec_of(key: Key, program: Program) -> Spec:
-    """Returns the shape that a tensor has in a plan, and its dtype there."""
-    shape = program.specs[key.value].shape
-    if isinstance(key, Floats):
-        return Spec(shape, torch.float32)
-    return Spec(shape, torch.int8)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import quantized_modules
 from ..nn import modules as quantized
-from ..nn.base import QuantizedModule, check_input
+from ..nn import quantized_modules
+from ..nn.base import check_input
+from ..nn.callers import forget_callers
 from . import operators  # noqa: F401  (defines the operators)
 from .freezing import prepare
 
@@ -32,7 +33,7 @@ class IntegerModule(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a Tensor or None, which each float class says in its own way
     formats: tuple[int, int, int, int]
     rounding: str
     exact_int31: bool
@@ -140,7 +141,7 @@ class Affine(nn.Module):
         return input * self.factor.view(shape) + self.term.view(shape)
 
 
-_INTEGER_CLASSES: dict[type[QuantizedModule], type[nn.Module]] = {
+_INTEGER_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     quantized.QuantizedLinear: IntegerLinear,
     quantized.QuantizedConv1d: IntegerConv1d,
     quantized.QuantizedConv2d: IntegerConv2d,
@@ -172,13 +173,15 @@ def load(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -
         RuntimeError: if the weights do not fit.
     """
     prepare(model, checkpoint)
-    for fqn, module in quantized_modules(model):
+    found: list[tuple[str, nn.Module]] = list(quantized_modules(model))
+    for fqn, module in found:
         kind = _INTEGER_CLASSES.get(type(module))
         if kind is not None:
             _store_integers(fqn, module, kind)
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             _store_affine(module)
+    forget_callers(model)
     return model
 
 
@@ -201,8 +204,9 @@ def _store_integers(fqn: str, module: Any, kind: type[nn.Module]) -> None:
 
 
 def _store_affine(module: _BatchNorm) -> None:
-    assert module.running_mean is not None and module.running_var is not None  # looked at before
-    mean, variance = module.running_mean.double(), module.running_var.double()
+    mean: Any = module.running_mean
+    variance: Any = module.running_var
+    mean, variance = mean.double(), variance.double()
     factor = (variance + module.eps).rsqrt()
     factor = factor if module.weight is None else factor * module.weight.detach().double()
     term = -mean * factor if module.bias is None else module.bias.detach().double() - mean * factor

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .program import Program, Ref, Spec, Step, run_step
 
@@ -76,7 +75,9 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
     signature = exported.graph_signature
     kinds = torch.export.graph_signature.InputKind
     sources = {
-        each.arg.name: each for each in signature.input_specs if not isinstance(each.arg, (int, float, bool, type(None)))
+        each.arg.name: each
+        for each in signature.input_specs
+        if not isinstance(each.arg, (int, float, bool, type(None)))
     }
     made = Program([], [], [])
     names: dict[torch.fx.Node, Any] = {}
@@ -96,7 +97,11 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
         elif node.op == "call_function":
             _add_call(made, node, names)
         elif node.op == "output":
-            made.outputs = [each.name for each in pytree.tree_leaves(_arguments(node.args[0], names))]
+            returned = _arguments(list(node.args[0]), names)
+            wrong = [each for each in returned if not isinstance(each, Ref)]
+            if wrong:
+                raise ValueError(f"the model returns {wrong[0]!r}, which is no tensor: return tensors only")
+            made.outputs = [each.name for each in returned]
     return made
 
 
@@ -104,8 +109,7 @@ def _add_call(made: Program, node: torch.fx.Node, names: dict[torch.fx.Node, Any
     target = node.target
     if getattr(target, "__name__", "") == "getitem":
         whole, index = node.args
-        assert isinstance(whole, torch.fx.Node) and isinstance(index, int)
-        made.steps[names[whole]].outputs[index] = node.name
+        made.steps[names[whole]].outputs[index] = node.name  # type: ignore[index]
         names[node] = Ref(node.name)
         made.specs[node.name] = _spec(node.meta["val"])
         return

@@ -19,7 +19,8 @@ LINEAR = "cnmix.integer_linear.default"
 CONVOLUTION = "cnmix.integer_convolution.default"
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """Stands for a value or a constant among the arguments of a step.
 
     Attributes:
@@ -149,7 +150,7 @@ def find_operator(name: str) -> Callable[..., Any]:
         return torch.ops.aten.reshape.default
     namespace, packet, overload = name.split(".")
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)  # type: ignore[no-any-return]
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except AttributeError as error:
         raise ValueError(f"this version of torch has no operator {name}") from error
 
