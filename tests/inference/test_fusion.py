@@ -180,7 +180,7 @@ def test_products_take_along_what_follows_and_integers_travel(monkeypatch):
         ["multiply", "add"],
     ]
     floats = [name for node in group.nodes for name in node.stored]
-    assert len(floats) == 2  # the output, and what the residual adds
+    assert len(floats) == 3  # the output, what the residual adds, and what that is the maximum of
     assert [node.kind for node in group.nodes if isinstance(node, Fused)].count("max_pool") >= 1
 
 
