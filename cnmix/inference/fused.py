@@ -103,6 +103,8 @@ class FusedModel(nn.Module):
         shapes = (structure, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
         with self._lock:
             if shapes not in self._made:
+                with torch.no_grad():
+                    self.model(*inputs)  # says what is wrong with inputs, and fixes the integers of what functions take
                 program, outputs = export(self.model, inputs)
                 self._made[shapes] = FusedProgram(program), outputs
             return self._made[shapes]

@@ -94,7 +94,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
                 target = source.target
                 state = exported.state_dict if target in exported.state_dict else exported.constants
                 made.constants[node.name] = state[target].detach()
-        elif node.op == "call_function":
+        elif node.op == "call_function" and "val" in node.meta:  # others check, and return nothing
             _add_call(made, node, names)
         elif node.op == "output":
             returned = _arguments(list(node.args[0]), names)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from .exported import is_exporting
 from .function_calls import Call, function_products
 from .function_places import call_within, called_module, calling_frames, place_of
 from .functions import FUNCTIONS
@@ -42,7 +43,7 @@ class _ProductMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # A part of a module that is compiled by itself: a graph takes this mode in.
-        handler = None if torch.compiler.is_compiling() else FUNCTIONS.get(func)
+        handler = None if torch.compiler.is_compiling() and not is_exporting() else FUNCTIONS.get(func)
         if handler is not None:
             call = self._find_call(func)
             if call is not None:
@@ -117,9 +118,10 @@ class _Enter:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             products = function_products(module)
-            if products is not None:
-                _announce(products.fqn)
-            return
+            if not is_exporting() or (products is not None and not products.frozen):
+                if products is not None:
+                    _announce(products.fqn)
+                return
         mode = _get_current_function_mode()
         if isinstance(mode, _ProductMode):
             mode.forget_interrupted()
@@ -133,7 +135,7 @@ class _Leave:
     """A forward hook, also of a pass that failed: functions are again those of the module that called this one."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not is_exporting():
             return
         mode = _get_current_function_mode()
         if not isinstance(mode, _ProductMode) or not any(each is module for each in mode.modules):

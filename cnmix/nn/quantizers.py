@@ -143,6 +143,11 @@ class ModuleQuantizers:
         """Whether the weight's integers are fixed for inference."""
         return self._frozen
 
+    @property
+    def frozen_integers(self) -> FixedPoint | None:
+        """The weight's integers, where they are fixed for inference; a function's are with its first call."""
+        return self._weight_integers if self._frozen else None
+
     def quantize_weight(self, weight: Tensor, training: bool) -> FixedPoint:
         """Quantizes the weight once per version of it; micro-batches and both backward products share the integers.
 
