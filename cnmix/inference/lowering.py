@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.transformer import _detect_is_causal_mask
+from torch.overrides import TorchFunctionMode
 
 from .program import Program, Ref, Spec, Step, run_step
 
 
-def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
+def export(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None
+) -> tuple[Program, Any]:
     """Makes a program of a model for inputs of these shapes.
 
     Args:
         model: in evaluation mode.
         inputs: an example of each; tensors, or lists and dicts of them.
+        keywords: likewise of those that it takes by name.
 
     Returns:
         The program, and the structure of what the model returns, as ``torch.utils._pytree`` describes it.
@@ -28,12 +36,30 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
     if model.training:
         raise ValueError(f"{name} is in training: call model.eval() first")
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _Answers():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, inputs).run_decompositions({})  # functional, but whole operators
+            exported = torch.export.export(model, inputs, dict(keywords or {})).run_decompositions({})  # functional, but whole operators
     except Exception as error:  # whatever code meets that cannot be followed
         raise ValueError(f"torch.export cannot follow {name}, so that it cannot be fused: {error}") from error
     return simplified(_program(exported)), exported.call_spec.out_spec
+
+
+class _Answers(TorchFunctionMode):
+    """Answers a question that only numbers could: whether a mask of ``nn.Transformer`` is the causal one.
+
+    The answer is no: it goes on to use the mask then, whatever is in it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                if frame.f_code is _detect_is_causal_mask.__code__:
+                    return False
+                frame = frame.f_back
+        return func(*args, **(kwargs or {}))
 
 
 def simplified(program: Program) -> Program:
@@ -87,7 +113,9 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
             names[node] = Ref(node.name)
             if source.kind == kinds.USER_INPUT:
                 if not isinstance(node.meta.get("val"), Tensor):
-                    raise ValueError(f"the model takes {node.name}, which is no tensor: give it tensors only")
+                    if node.users:
+                        raise ValueError(f"the model takes {node.name}, which is no tensor: give it tensors only")
+                    continue  # a number, which the graph is made for
                 made.inputs.append(node.name)
                 made.specs[node.name] = Spec.of(node.meta["val"])
             elif node.users:
