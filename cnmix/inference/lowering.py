@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask
 from torch.overrides import TorchFunctionMode
 
+from ..nn.function_places import called_module
 from .program import Program, Ref, Spec, Step, run_step
 
 
@@ -40,8 +41,23 @@ def export(
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, inputs, dict(keywords or {})).run_decompositions({})  # functional, but whole operators
     except Exception as error:  # whatever code meets that cannot be followed
-        raise ValueError(f"torch.export cannot follow {name}, so that it cannot be fused: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.export cannot follow {_place_of(error, model)}, so that {name} cannot be fused: keep it as it is, or "
+            f"fuse the parts of it whose code does not go by the numbers in tensors. It says: {reason}"
+        ) from error
     return simplified(_program(exported)), exported.call_spec.out_spec
+
+
+def _place_of(error: Exception, model: nn.Module) -> str:
+    """Returns what to call the innermost module of the model that was being called."""
+    names = {id(module): fqn for fqn, module in model.named_modules()}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        module = called_module(trace.tb_frame)
+        found = names.get(id(module), found)
+        trace = trace.tb_next
+    return repr(found) if found else type(model).__name__
 
 
 class _Answers(TorchFunctionMode):

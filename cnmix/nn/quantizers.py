@@ -345,6 +345,10 @@ class ModuleQuantizers:
         self._weight_integers = self._weight_layout(self.weight(to_host(weight.detach()), training=False))
         self._frozen = True
 
+    def freeze_integers(self, integers: FixedPoint) -> None:
+        """Fixes the weight's integers, which are known, for inference."""
+        self._weight_integers, self._frozen = integers, True
+
     def freeze_at_next_use(self) -> None:
         """Fixes the integers of a function's parameter, which it is called with, for inference."""
         self._weight_integers, self._frozen = None, True
