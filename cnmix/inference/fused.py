@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..kernels import native, plan
+from ..nn import module_name, quantizer_sets
 from .fusion import folded, fuse_steps
 from .lowering import export
 from .nodes import Call, Floats, Fused, Integers, Key, Layout
 from .program import Program, Spec, run_step
+from .weights import Weights
 
 
 class FusedProgram:
@@ -110,6 +112,13 @@ class FusedModel(nn.Module):
             return self._made[shapes]
 
     def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+        sets = dict(quantizer_sets(self.model))
+        weights = Weights(self.model, sets)
+        trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]
+        if trains:
+            raise ValueError(
+                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a checkpoint"
+            )
         with torch.no_grad():  # says what is wrong with inputs, and fixes the integers of what functions multiply by
             expected = self.model(*_copied(inputs), **_copied(dict(keywords)))
         program, structure = export(self.model, inputs, keywords)

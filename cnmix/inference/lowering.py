@@ -17,6 +17,16 @@ from ..nn.function_places import called_module
 from .program import Program, Ref, Spec, Step, run_step
 
 
+# Make the same tensor each time.
+_FACTORIES = {
+    f"aten.{name}"
+    for name in (
+        *("arange.default", "arange.start", "arange.start_step", "full.default", "ones.default", "zeros.default"),
+        *("scalar_tensor.default", "eye.default", "linspace.default"),
+    )
+}
+
+
 def export(
     model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None
 ) -> tuple[Program, Any]:
@@ -85,7 +95,7 @@ def simplified(program: Program) -> Program:
     for step in program.steps:
         names = [same.get(name, name) for name in step.inputs()]
         step = Step(step.operator, _renamed(step.arguments, same), _renamed(step.keywords, same), step.outputs)
-        if names and all(name in made.constants for name in names):
+        if (names or step.operator in _FACTORIES) and all(name in made.constants for name in names):
             with torch.no_grad():
                 run_step(step, made.constants)
         elif _is_identity(step, program) and step.output not in program.outputs:

@@ -154,7 +154,10 @@ class ModuleQuantizers:
         A version is the tensor's counter of in-place writes, its memory and, since writes through ``.data`` are not
         counted, a checksum of its values: one pass over the weight, which quantizing it includes.
         """
-        if self._frozen and self._weight_integers is not None:
+        if self._frozen:
+            if self._weight_integers is None:
+                with torch.inference_mode(False):
+                    self._weight_integers = self._weight_layout(self.weight(weight, training=False))
             return self._weight_integers
         quantizer = self.weight
         if self.weight_is_integers and training and quantizer.look_next:
