@@ -117,7 +117,8 @@ class FusedModel(nn.Module):
         trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]
         if trains:
             raise ValueError(
-                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a checkpoint"
+                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a "
+                "checkpoint"
             )
         with torch.no_grad():  # says what is wrong with inputs, and fixes the integers of what functions multiply by
             expected = self.model(*_copied(inputs), **_copied(dict(keywords)))

@@ -43,10 +43,11 @@ class IntegerModule(nn.Module):
     exact_int31: bool
     fqn: str
 
-    @property
-    def weight(self) -> Tensor:
-        """The float32 values that the integers stand for, computed anew: a model's code may ask for their dtype."""
-        return dequantize(FixedPoint(self.integers, *self.formats[2:]))
+    def __getattr__(self, name: str) -> Any:
+        """Returns for ``weight`` the float32 values that the integers stand for: a model's code may ask for its dtype."""
+        if name == "weight" and "integers" in self._buffers:
+            return dequantize(FixedPoint(self.integers, *self.formats[2:]))
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """Adds the formats to the float module's own description."""
@@ -221,8 +222,8 @@ def _check_finite(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for name in sorted(names & set(state)):
         if not bool(torch.isfinite(state[name]).all()):
             raise ValueError(
-                f"the weight {name!r} holds NaN or infinity, which no integer stands for: take a checkpoint from before "
-                "training diverged"
+                f"the weight {name!r} holds NaN or infinity, which no integer stands for: take a checkpoint from "
+                "before training diverged"
             )
 
 

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from ..nn.function_places import called_module
 from .program import Program, Ref, Spec, Step, run_step
 
-
 # Make the same tensor each time.
 _FACTORIES = {
     f"aten.{name}"
@@ -27,9 +26,7 @@ _FACTORIES = {
 }
 
 
-def export(
-    model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None
-) -> tuple[Program, Any]:
+def export(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None) -> tuple[Program, Any]:
     """Makes a program of a model for inputs of these shapes.
 
     Args:
@@ -49,7 +46,9 @@ def export(
     try:
         with torch.no_grad(), warnings.catch_warnings(), _Answers():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, inputs, dict(keywords or {})).run_decompositions({})  # functional, but whole operators
+            exported = torch.export.export(model, inputs, dict(keywords or {})).run_decompositions(
+                {}
+            )  # functional, but whole operators
     except Exception as error:  # whatever code meets that cannot be followed
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -26,9 +26,7 @@ def quantize(x: Tensor, bits: int, position: int, rounding: str) -> FixedPoint:
     return kernels.quantize_measured(x, bits, None if position == FITTING else position, rounding)[0]
 
 
-def quantize_each(
-    x: Tensor, bits: int, position: int, per_entry: bool, rounding: str
-) -> FixedPoint | FixedPointBatch:
+def quantize_each(x: Tensor, bits: int, position: int, per_entry: bool, rounding: str) -> FixedPoint | FixedPointBatch:
     """Quantizes a batch of matrices (*batch, M, K): all alike, or each at the position that fits it."""
     if per_entry:
         return kernels.quantize_batch(x, bits, None, rounding, batch_dims=x.dim() - 2)[0]
@@ -102,8 +100,8 @@ def _matmul(
     name: str,
 ) -> Tensor:
     given, a, b = a, to_host(a), to_host(b)
-    qa = quantize_each(a, *formats[:2], per_entry[0], a_rounding)
-    qb = quantize_each(b, *formats[2:], per_entry[1], b_rounding)
+    qa = quantize_each(a, formats[0], formats[1], per_entry[0], a_rounding)
+    qb = quantize_each(b, formats[2], formats[3], per_entry[1], b_rounding)
     return to_device_of(given, (multiply_operands(qa, qb, exact, name),))[0]
 
 
@@ -124,7 +122,7 @@ def _filter(
 ) -> Tensor:
     given, x, weight = x, to_host(x), to_host(weight)
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
-    qx, qw = quantize(x, *formats[:2], x_rounding), quantize(weight, *formats[2:], weight_rounding)
+    qx, qw = quantize(x, formats[0], formats[1], x_rounding), quantize(weight, formats[2], formats[3], weight_rounding)
     return to_device_of(given, (convolve(qx, qw, None, geometry, exact, name),))[0]
 
 
@@ -139,11 +137,11 @@ def _grouped(
     name: str,
 ) -> Tensor:
     given, x, weight = x, to_host(x), to_host(weight)
-    qx = quantize(x, *formats[:2], x_rounding)
+    qx = quantize(x, formats[0], formats[1], x_rounding)
     if weight.is_floating_point():
-        qw = quantize(weight, *formats[2:], weight_rounding)
+        qw = quantize(weight, formats[2], formats[3], weight_rounding)
     else:
-        qw = FixedPoint(weight, *formats[2:])
+        qw = FixedPoint(weight, formats[2], formats[3])
     return to_device_of(given, (multiply_groups(qx, qw, ends.tolist(), exact, name),))[0]
 
 

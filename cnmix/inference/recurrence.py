@@ -5,6 +5,8 @@ Its loop over time steps stays inside: a graph has one node for it, however long
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def _recurrence(
     """
     given, x, h, c, b_input, b_hidden = x, *(to_host(each) for each in (x, h, c, b_input, b_hidden))
     weights = [to_host(each) for each in (w_input, w_hidden, w_projection)]
-    made = []
+    made: list[Any] = []
     for number, weight in enumerate(weights):
         if weight is None:
             made.append(None)

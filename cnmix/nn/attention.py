@@ -109,7 +109,9 @@ def scaled_dot_product_attention(
 
 def _is_mask(mask: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether this is broadcast to scores of this shape."""
-    known = is_multiplied(mask) or ((type(mask) is Tensor or is_fake(mask)) and mask.dtype == torch.bool and mask.numel() > 0)
+    known = is_multiplied(mask) or (
+        (type(mask) is Tensor or is_fake(mask)) and mask.dtype == torch.bool and mask.numel() > 0
+    )
     return known and is_broadcast_to(mask.shape, shape)
 
 

@@ -58,11 +58,12 @@ def multiply_exported(
     """Multiplies as ``functional.multiply`` does."""
     dtype = quantizers.output_dtype or x.dtype
     source = x if x.dtype == dtype else x.to(torch.float32)
-    y = (_rows if geometry is None else _image)(source, weight, bias, quantizers, geometry)  # type: ignore[operator]
-    return y if y.dtype == dtype else y.to(dtype)
+    if geometry is None:
+        return _rows(source, weight, bias, quantizers).to(dtype)
+    return _image(source, weight, bias, quantizers, geometry).to(dtype)
 
 
-def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, quantizers: ModuleQuantizers, _: Any) -> Tensor:
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, quantizers: ModuleQuantizers) -> Tensor:
     left, right = rounding_of(quantizers)
     if quantizers.keeps_weight:
         integers = frozen_weight(quantizers, weight)
@@ -81,19 +82,15 @@ def _image(
     x: Tensor, weight: Tensor, bias: Tensor | None, quantizers: ModuleQuantizers, geometry: ConvolutionGeometry
 ) -> Tensor:
     left, right = rounding_of(quantizers)
-    stride, padding, dilation, groups, transposed, extra = geometry
-    described = stride, padding, dilation, groups, transposed, extra
     if quantizers.keeps_weight:
         integers = frozen_weight(quantizers, weight)
         formats = [*_format(quantizers.input), integers.bits, integers.position]
-        y = torch.ops.cnmix.integer_convolution(
-            x, integers.values, bias, *described, formats, left, *_named(quantizers)
-        )
+        y = torch.ops.cnmix.integer_convolution(x, integers.values, bias, *geometry, formats, left, *_named(quantizers))
     else:
         y = torch.ops.cnmix.integer_filter(
-            x, weight, *described, formats_of(quantizers), left, right, *_named(quantizers)
+            x, weight, *geometry, formats_of(quantizers), left, right, *_named(quantizers)
         )
-        y = (y if bias is None else y + bias.view(-1, *[1] * len(stride))).to(x.dtype)
+        y = (y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))).to(x.dtype)
     return y if kernels.has_channels_last(x) else y.contiguous()
 
 
@@ -110,9 +107,7 @@ def multiply_groups_exported(x: Tensor, weight: Tensor, ends: Tensor, quantizers
     if quantizers.keeps_weight:
         integers = frozen_weight(quantizers, weight)
         weight, formats[2:] = integers.values, [integers.bits, integers.position]
-    return torch.ops.cnmix.integer_grouped(
-        x, weight, ends, formats, *rounding_of(quantizers), *_named(quantizers)
-    )
+    return torch.ops.cnmix.integer_grouped(x, weight, ends, formats, *rounding_of(quantizers), *_named(quantizers))
 
 
 def per_entry(quantizers: ModuleQuantizers) -> list[bool]:

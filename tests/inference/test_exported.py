@@ -57,7 +57,9 @@ def check(make, *inputs, operators, settings=None):
     assert sorted(calls) == sorted(f"cnmix.integer_{each}.default" for each in operators)
     for step in fused.first.program.steps:  # numbers and strings alone, which a file can hold
         plain = [x for x in pytree.tree_leaves([step.arguments, step.keywords]) if type(x).__name__ != "Ref"]
-        assert all(x is None or isinstance(x, (int, float, str, torch.dtype, torch.device, torch.memory_format)) for x in plain), step
+        assert all(
+            x is None or isinstance(x, (int, float, str, torch.dtype, torch.device, torch.memory_format)) for x in plain
+        ), step
     return fused
 
 

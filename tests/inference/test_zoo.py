@@ -12,7 +12,7 @@ import cnmix
 from cnmix.inference import fuse, load, prepare
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from zoo import CASES, loss_of  # noqa: E402
+from zoo import CASES, loss_of
 
 # What torch.export says no to, or makes something else of, and what the message must name.
 STAY_EAGER = {
