@@ -44,7 +44,7 @@ class IntegerModule(nn.Module):
     fqn: str
 
     def __getattr__(self, name: str) -> Any:
-        """Returns for ``weight`` the float32 values that the integers stand for: a model's code may ask for its dtype."""
+        """Returns for ``weight`` the float32 values of the integers: a model's code may ask for its dtype."""
         if name == "weight" and "integers" in self._buffers:
             return dequantize(FixedPoint(self.integers, *self.formats[2:]))
         return super().__getattr__(name)
@@ -89,7 +89,7 @@ class _IntegerConv(IntegerModule, nn.modules.conv._ConvNd):
         if self.transposed:
             lists = map(list, (self.stride, padding, self.kernel_size, self.dilation))
             stride, before, kernel, dilation = lists
-            extra = self._output_padding(x, output_size, stride, before, kernel, spatial, dilation)  # type: ignore[operator]
+            extra = self._output_padding(x, output_size, stride, before, kernel, spatial, dilation)
         elif self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batched, padding = F.pad(batched, self._reversed_padding_repeated_twice, mode=mode), (0,) * spatial

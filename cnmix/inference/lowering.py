@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask
 from torch.overrides import TorchFunctionMode
 
+from ..nn.function_mode import exported_functions
 from ..nn.function_places import called_module
 from .program import Program, Ref, Spec, Step, run_step
 
@@ -44,7 +45,7 @@ def export(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
     if model.training:
         raise ValueError(f"{name} is in training: call model.eval() first")
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _Answers():
+        with torch.no_grad(), warnings.catch_warnings(), _Answers(), exported_functions():
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, inputs, dict(keywords or {})).run_decompositions(
                 {}
@@ -52,8 +53,8 @@ def export(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
     except Exception as error:  # whatever code meets that cannot be followed
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"torch.export cannot follow {_place_of(error, model)}, so that {name} cannot be fused: keep it as it is, or "
-            f"fuse the parts of it whose code does not go by the numbers in tensors. It says: {reason}"
+            f"torch.export cannot follow {_place_of(error, model)}, so that {name} cannot be fused: keep it as it is, "
+            f"or fuse the parts of it whose code does not go by the numbers in tensors. It says: {reason}"
         ) from error
     return simplified(_program(exported)), exported.call_spec.out_spec
 

@@ -249,6 +249,7 @@ def test_packed_sequences_stay_eager():
     model = load(Packed(), trained(Packed, *inputs))
     with pytest.raises(ValueError, match="'layers', so that Packed cannot be fused: keep it as it is"):
         fuse(model, *inputs)
+    assert torch.overrides._get_current_function_mode() is None
 
 
 class Grouped(nn.Module):

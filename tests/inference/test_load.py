@@ -275,7 +275,7 @@ def test_integer_models_are_saved_copied_and_refuse_wrong_inputs(tmp_path):
         again.load_state_dict({name: torch.zeros_like(each) for name, each in model.state_dict().items()})
         again.load_state_dict(model.state_dict())
         assert torch.equal(again(IMAGES), expected)
-    with pytest.raises(ValueError, match="'0' takes .*3 channels"):
+    with pytest.raises(ValueError, match=r"'0' takes .*3 channels"):
         model(draw(1, 2, 8, 8))
     with pytest.raises(ValueError, match="'6' takes 8 features"):
         model(draw(1, 3, 12, 12))
