@@ -1,6 +1,8 @@
+import importlib
 import importlib.util
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -27,3 +29,17 @@ def digits() -> ModuleType:
 @pytest.fixture(scope="session")
 def text() -> ModuleType:
     return load_recipe("text")
+
+
+@pytest.fixture(scope="session")
+def yolov3() -> SimpleNamespace:
+    """The files of the folder, which import each other as scripts do, by plain names that others may have too."""
+    names = ("data", "detection", "loss", "model", "pictures", "train", "weights")
+    sys.path.insert(0, str(RECIPES / "yolov3"))
+    try:
+        files = {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(RECIPES / "yolov3"))
+        for name in names:
+            sys.modules.pop(name, None)
+    return SimpleNamespace(**files)
