@@ -62,7 +62,7 @@ class ShapeImages(Dataset[Sample]):
         objects: list[tuple[int, float, float, float, float]] = []
         taken: list[tuple[float, float, float]] = []
         for _ in range(chance.randint(1, 6)):
-            radius = self.size * math.exp(chance.uniform(math.log(0.06), math.log(0.25)))
+            radius = self.size * math.exp(chance.uniform(math.log(0.07), math.log(0.25)))
             x, y = (chance.uniform(radius, self.size - radius) for _ in range(2))
             if any(math.hypot(x - a, y - b) < 0.8 * (radius + other) for a, b, other in taken):
                 continue  # objects touch, but none hides another
@@ -71,11 +71,11 @@ class ShapeImages(Dataset[Sample]):
             colour = _colour(chance)
             while _distance(colour, image.getpixel((int(x), int(y)))) < 90:  # a shape that nobody sees is no object
                 colour = _colour(chance)
-            left, top, right, bottom = _draw(draw, SHAPES[name], x, y, radius, chance.uniform(0, 2 * math.pi), colour)
+            left, top, right, bottom = _draw(draw, SHAPES[name], x, y, radius, chance.uniform(-0.4, 0.4), colour)
             objects.append((name, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top))
         pixels = np.asarray(image, dtype=np.float32)
         noise = np.random.default_rng(chance.getrandbits(64)).standard_normal(pixels.shape, dtype=np.float32)
-        pixels = (pixels + chance.uniform(0, 25) * noise).clip(0, 255) / 255
+        pixels = (pixels + chance.uniform(0, 16) * noise).clip(0, 255) / 255
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.tensor(objects).view(-1, 5)
 
 

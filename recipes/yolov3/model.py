@@ -50,6 +50,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = Convolution(channels, hidden, 1)
         self.conv2 = Convolution(hidden, channels, 3)
+        nn.init.zeros_(self.conv2.bn.weight)  # begins as the identity: a net this deep learns sooner (arXiv:1706.02677)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns features of the shape of ``x``."""
