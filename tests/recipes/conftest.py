@@ -10,7 +10,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def load_recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"recipe_{name.replace('/', '_')}", RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -38,6 +38,7 @@ def yolov3() -> SimpleNamespace:
     sys.path.insert(0, str(RECIPES / "yolov3"))
     try:
         files = {name: importlib.import_module(name) for name in names}
+        files["test"] = load_recipe("yolov3/test")  # `test` is Python's own tests
     finally:
         sys.path.remove(str(RECIPES / "yolov3"))
         for name in names:
