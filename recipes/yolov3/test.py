@@ -69,6 +69,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if options.quantization and (options.mlu or options.quantized_mode == 0):
         parser.error("--quantization computes on the host (--mlu false), and for a --quantized_mode of 1 to 4")
+    if options.quantization and options.compute_map:
+        parser.error("--compute_map is for a model that infers: leave it out with --quantization")
     return options
 
 
@@ -110,7 +112,7 @@ def load_trained(options: argparse.Namespace) -> tuple[YOLOv3, DictConfig]:
     model = build_model(settings)
     load_weights(model, path)
     settings.batch_size = options.batch_size
-    settings.data.test_images = options.image_number
+    settings.data.train_images = settings.data.test_images = options.image_number
     return model.eval(), settings
 
 
@@ -176,7 +178,9 @@ def run(options: argparse.Namespace) -> None:
     """Does what the options say."""
     model, settings = load_trained(options)
     size, names = settings.model.image_size, settings.data.names or SHAPES
-    loader = batches(load_data(settings)[1], settings, train=False)
+    train_data, test_data = load_data(settings)
+    # Scales are measured on training images, so that the test says what others would bring.
+    loader = batches(train_data if options.quantization else test_data, settings, train=False)
     if options.quantization:
         model = quantize(model, options, generate=True).eval()
         send: Callable[[Tensor], Tensor] = lambda images: images  # noqa: E731
