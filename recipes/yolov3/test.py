@@ -21,7 +21,7 @@ from model import YOLOv3
 from omegaconf import DictConfig, OmegaConf
 from pictures import save_picture
 from torch import Tensor, nn
-from train import batches, build_model, load_data, read_settings
+from train import batches, build_model, load_data, newest_run, read_settings
 from weights import load as load_weights
 
 from cnmix import checkpoint
@@ -94,14 +94,7 @@ def load_trained(options: argparse.Namespace) -> tuple[YOLOv3, DictConfig]:
         FileNotFoundError: if there is no trained model.
         ValueError: if it does not fit its settings.
     """
-    path = options.model_path
-    if path is None:
-        runs = sorted(Path("runs/yolov3").glob("*/yolov3.pt"))
-        if not runs:
-            raise FileNotFoundError(
-                "runs/yolov3 has no trained model: run recipes/yolov3/train.py, or give --model_path"
-            )
-        path = runs[-1]
+    path = options.model_path or newest_run()
     if path.suffix == ".pt" and options.settings is None:
         saved = checkpoint.load(path)
         if "settings" not in saved:

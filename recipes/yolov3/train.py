@@ -33,6 +33,7 @@ DEFAULTS = Path(__file__).with_name("shapes.yaml")
 # Seeds of the drawn images, so that no test image is one of training.
 TRAIN_SEED, TEST_SEED = 1, 2
 SHOWN = 16  # pictures
+CHECKPOINT = "yolov3.pt"
 
 
 def read_settings(arguments: Sequence[str]) -> DictConfig:
@@ -187,10 +188,22 @@ def train(settings: DictConfig, folder: Path) -> dict[str, Any]:
         "processor_seconds": time.process_time() - started_work,
     }
     cnmix.checkpoint.save(
-        folder / "yolov3.pt", model, settings=OmegaConf.to_container(settings, resolve=True), results=results
+        folder / CHECKPOINT, model, settings=OmegaConf.to_container(settings, resolve=True), results=results
     )
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def newest_run() -> Path:
+    """Returns the checkpoint of the newest run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    runs = sorted(Path("runs/yolov3").glob(f"*/{CHECKPOINT}"))
+    if not runs:
+        raise FileNotFoundError("runs/yolov3 has no trained model: run recipes/yolov3/train.py, or name a checkpoint")
+    return runs[-1]
 
 
 def main(arguments: Sequence[str]) -> Path:

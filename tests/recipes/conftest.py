@@ -34,7 +34,7 @@ def text() -> ModuleType:
 @pytest.fixture(scope="session")
 def yolov3() -> SimpleNamespace:
     """The files of the folder, which import each other as scripts do, by plain names that others may have too."""
-    names = ("data", "detection", "loss", "model", "pictures", "train", "weights")
+    names = ("compare", "data", "detection", "loss", "model", "pictures", "train", "weights")
     sys.path.insert(0, str(RECIPES / "yolov3"))
     try:
         files = {name: importlib.import_module(name) for name in names}

@@ -34,6 +34,21 @@ class TestTrain:
             yolov3.train.read_settings([argument])
 
 
+@pytest.fixture
+def card():
+    cnmix.torch_mlu.install(cards=1, strict=False, card_name="MLU370")
+    yield
+    cnmix.torch_mlu.install(cards=0, strict=False, card_name="MLU370")
+
+
+@pytest.mark.usefixtures("card")
+def test_compare(yolov3, trained, capsys):
+    yolov3.compare.main(trained / "yolov3.pt", images=4, batch_size=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:18].strip() for line in lines[1:5]] == ["float32", "integers", "integers, fused", "int8, calibrated"]
+    assert lines[5] == "integers and fused: the same bits"
+
+
 class TestVendorsScript:
     @pytest.fixture
     def run(self, yolov3, trained, tmp_path, capsys):
@@ -43,12 +58,6 @@ class TestVendorsScript:
             return dict(part.split(": ") for part in capsys.readouterr().out.splitlines())
 
         return run
-
-    @pytest.fixture
-    def card(self):
-        cnmix.torch_mlu.install(cards=1, strict=False, card_name="MLU370")
-        yield
-        cnmix.torch_mlu.install(cards=0, strict=False, card_name="MLU370")
 
     def test_on_the_host(self, run, tmp_path):
         printed = run(f"--image_number 4 --batch_size 2 --compute_map true --run_mode true --pictures {tmp_path}/seen")
