@@ -15,6 +15,7 @@ import cnmix
 from cnmix import checkpoint
 
 SIDE = 224
+CLASSES = 10  # of the images that are drawn
 BATCH, IMAGES = 16, 96  # of settling
 LOGIT = 10.0  # what a fitted class answers over the others
 
@@ -139,7 +140,7 @@ def vgg19(num_classes: int = 1000) -> VGG:
     return VGG(VGG19, num_classes)
 
 
-def images(count: int, seed: int = 0, side: int = SIDE, classes: int = 10) -> tuple[Tensor, Tensor]:
+def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     """Draws images of coloured waves, noise over them; direction, wavelength and colour of the waves are the class's.
 
     Args:
