@@ -77,6 +77,15 @@ def uninstall(model: nn.Module) -> None:
         set_function_products(module, None)
 
 
+def forget_callers(model: nn.Module) -> None:
+    """Stops watching modules that have called no function that multiplies; those that have go on as they are."""
+    for module in model.modules():
+        products = function_products(module)
+        if products is not None and not any(each.of_function for _, each in quantizers_of(module)):
+            unwatch(module)
+            set_function_products(module, None)
+
+
 def forget_functions(module: nn.Module) -> None:
     """Takes the quantizers of functions that it has called away from a module."""
     products = function_products(module)

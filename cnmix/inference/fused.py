@@ -1,0 +1,273 @@
+"""Fused inference: a program's groups of steps as native plans, the rest operator by operator."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..kernels import native, plan
+from .fusion import folded, fuse_steps
+from .lowering import export
+from .nodes import Call, Floats, Fused, Integers, Key, Layout
+from .program import Program, Spec, run_step
+
+
+class FusedProgram:
+    """Computes a program with as few passes over its tensors as its plans allow.
+
+    Where this machine has no kernels for plans, it computes operator by operator. So it does when a tensor that is to
+    be quantized holds NaN or infinity, which plans only find.
+
+    Args:
+        program: of float32 tensors on the CPU.
+
+    Attributes:
+        program: the same.
+        parts: what is computed, in order: plans, and calls of operators.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.parts: list[_Group | Call] = []
+        if not plan.serves():
+            return
+        arranged = fuse_steps(program)
+        for index, part in enumerate(arranged):
+            if isinstance(part, Call):
+                self.parts.append(part)
+                continue
+            later = {key for each in arranged[index + 1 :] for node in _nodes(each) for key in node.inputs()}
+            self.parts.append(_Group(part, later | {Floats(name) for name in program.outputs}, program))
+        self._last = self._last_uses()
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Computes the outputs; the inputs must have the program's shapes."""
+        if not self.parts:
+            return self.program.run(*inputs)
+        values: dict[Any, Tensor] = {**self.program.constants, **dict(zip(self.program.inputs, inputs, strict=True))}
+        for index, part in enumerate(self.parts):
+            if isinstance(part, Call):
+                run_step(part.step, values)
+            elif not part.run(values):
+                return self.program.run(*inputs)
+            for name in self._last.get(index, ()):
+                values.pop(name, None)
+        return tuple(values[name] for name in self.program.outputs)
+
+    def _last_uses(self) -> dict[int, list[Any]]:
+        last: dict[Any, int] = {}
+        for index, part in enumerate(self.parts):
+            for key in part.keys() if isinstance(part, _Group) else (*part.inputs(), *part.results()):
+                last[_name(key)] = index
+        found: dict[int, list[Any]] = {}
+        for name, index in last.items():
+            if name not in self.program.outputs:
+                found.setdefault(index, []).append(name)
+        return found
+
+
+class FusedModel(nn.Module):
+    """A model, fused for inputs of given shapes; other shapes are fused when they first come.
+
+    Args:
+        model: the integer model.
+        inputs: an example of each.
+
+    Attributes:
+        model: the integer model.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._made: dict[Any, tuple[FusedProgram, Any]] = {}
+        self._lock = threading.Lock()
+        self.first = self._fused(inputs)[0]
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any) -> Any:
+        """Computes what the model computes, to the bit."""
+        fused, structure = self._fused(inputs)
+        outputs = fused.run(*pytree.tree_leaves(inputs))
+        return pytree.tree_unflatten(list(outputs), structure)
+
+    def _fused(self, inputs: tuple[Any, ...]) -> tuple[FusedProgram, Any]:
+        leaves, structure = pytree.tree_flatten(inputs)
+        shapes = (structure, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
+        with self._lock:
+            if shapes not in self._made:
+                program, outputs = export(self.model, inputs)
+                self._made[shapes] = FusedProgram(program), outputs
+            return self._made[shapes]
+
+
+def fuse(model: nn.Module, *inputs: Any) -> FusedModel:
+    """Fuses a model: its products take along what follows them, and tensors stay integers between them.
+
+    Args:
+        model: an integer model of ``load``, in evaluation mode. It stays as it is.
+        *inputs: an example of what it is called with.
+
+    Returns:
+        A module that computes the same, to the bit.
+
+    Raises:
+        ValueError: if the model is in training, or ``torch.export`` cannot follow it.
+    """
+    return FusedModel(model, inputs)
+
+
+class _Source(NamedTuple):
+    key: Key
+    layout: Layout
+    as_it_lies: bool
+
+
+class _Group:
+    """One plan, and how its tensors lie outside of it."""
+
+    def __init__(self, nodes: list[Fused], later: set[Key], program: Program) -> None:
+        self.nodes = nodes
+        self._program = program
+        self._plan = plan.Plan()
+        self._made = {key for node in nodes for key in node.results()}
+        self._values: dict[tuple[Key, Layout], plan.Value] = {}
+        self._sources: list[_Source] = []
+        self._results: list[tuple[Key, Layout]] = []
+        for node in nodes:
+            for key in node.inputs():
+                self._add_source(key, node)
+            for key in node.results():
+                shape, dtype = self._shape(key, node.layout)
+                if key in later:
+                    self._results.append((key, node.layout))
+                    self._values[key, node.layout] = self._plan.output(shape, dtype)
+                else:
+                    self._values[key, node.layout] = self._plan.value(shape, dtype)
+            self._add_step(node)
+        self._plan.finish()
+
+    def keys(self) -> list[Key]:
+        """Returns what it takes from outside, and makes for outside."""
+        return [each.key for each in self._sources] + [key for key, _ in self._results]
+
+    def run(self, values: dict[Any, Tensor]) -> bool:
+        """Computes its results from values; returns False, and nothing of use, where one was not finite."""
+        inputs = [_laid_out(values[_name(key)], layout, as_it_lies) for key, layout, as_it_lies in self._sources]
+        outputs = [self._empty(key, layout) for key, layout in self._results]
+        if not self._plan.run(inputs, outputs):
+            return False
+        for (key, _), out in zip(self._results, outputs, strict=True):
+            values[_name(key)] = self._as_called(key, out)
+        return True
+
+    def _shape(self, key: Key, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
+        shape = self._program.specs[key.value].shape
+        dtype = torch.float32 if isinstance(key, Floats) else torch.int8
+        return (shape if layout == "image" else (math.prod(shape[:-1]), shape[-1])), dtype
+
+    def _empty(self, key: Key, layout: Layout) -> Tensor:
+        shape = self._program.specs[key.value].shape
+        dtype = torch.float32 if isinstance(key, Floats) else torch.int8
+        if layout == "rows":
+            return native.empty(shape, dtype)
+        return native.empty((shape[0], *shape[2:], shape[1]), dtype).movedim(-1, 1)
+
+    def _as_called(self, key: Key, made: Tensor) -> Tensor:
+        """Returns a result as it lies where the model is called operator by operator."""
+        spec = self._program.specs[key.value]
+        if isinstance(key, Integers) or all(
+            n == 1 or a == b for n, a, b in zip(spec.shape, spec.strides, made.stride(), strict=True)
+        ):
+            return made
+        return torch.empty_strided(spec.shape, spec.strides).copy_(made)
+
+    def _add_source(self, key: Key, node: Fused) -> None:
+        layout = key.layout if isinstance(key, Integers) else node.layout
+        if key in self._made or (key, layout) in self._values:
+            return
+        shape, dtype = self._shape(key, layout)
+        self._values[key, layout] = self._plan.input(shape, dtype)
+        users = [each for each in self.nodes if key in each.inputs()]
+        as_it_lies = all(each.kind == "elements" and key in each.sources for each in users)
+        self._sources.append(_Source(key, layout, as_it_lies and layout == "image"))
+
+    def _find(self, key: Key, layout: Layout) -> plan.Value:
+        return self._values[key, key.layout if isinstance(key, Integers) else layout]
+
+    def _add_step(self, node: Fused) -> None:
+        sources = [self._find(key, node.layout) for key in node.sources]
+        target = self._find(next(node.results()), node.layout)
+        if node.kind == "max_pool":
+            self._plan.max_pool(sources[0], target, *node.geometry)
+        elif node.kind == "concatenate":
+            self._plan.concatenate(sources, target)
+        elif node.kind == "upsample":
+            self._plan.upsample_nearest(sources[0], target)
+        elif node.kind == "elements":
+            self._plan.elements(sources[0], self._chain(node))
+        else:
+            stride, padding, dilation, groups = node.geometry or ((), (), (), 1)
+            self._plan.product(
+                sources[0],
+                node.weight,
+                self._chain(node),
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+            )
+
+    def _chain(self, node: Fused) -> list[Any]:
+        """Returns the stages as the plan takes them, each tensor stored where it is complete."""
+        wanted: dict[int, list[Key]] = {}
+        for key in node.results():
+            wanted.setdefault(node.points[key.value], []).append(key)
+        cuts = sorted({0, len(node.stages), *wanted})
+        chain: list[Any] = []
+        shape = self._program.specs[next(iter(node.points))].shape
+        channels = shape[1 if node.layout == "image" else -1]
+        for start, end in zip([0, *cuts], cuts, strict=False):
+            part = node.stages[start:end]
+            chain += [self._stage(each, node.layout, channels) for each in (folded(part) if start == 0 else part)]
+            for key in wanted.get(end, ()):
+                value = self._find(key, node.layout)
+                if isinstance(key, Floats):
+                    chain.append(plan.Store(value))
+                else:
+                    chain.append(plan.Quantize(value, key.bits, key.position))
+        return chain
+
+    def _stage(self, stage: Any, layout: Layout, channels: int) -> Any:
+        kind, operand = stage
+        if kind == "multiply":
+            return plan.Multiply(operand.item() if operand.numel() == 1 else operand)
+        if kind == "add":
+            return plan.Add(operand.expand(channels) if operand.numel() == 1 else operand)
+        if kind == "add_value":
+            return plan.AddValue(self._find(Floats(operand), layout))
+        if kind == "relu":
+            return plan.Relu()
+        return plan.LeakyRelu(operand) if kind == "leaky_relu" else plan.Clamp(*operand)
+
+
+def _nodes(part: list[Fused] | Call) -> Sequence[Fused | Call]:
+    return [part] if isinstance(part, Call) else part
+
+
+def _name(key: Key) -> Any:
+    """Returns under what a tensor is kept between parts."""
+    return key.value if isinstance(key, Floats) else key
+
+
+def _laid_out(x: Tensor, layout: Layout, as_it_lies: bool) -> Tensor:
+    if layout == "rows" or x.dim() < 3 or (as_it_lies and x.is_contiguous()):
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
