@@ -248,7 +248,7 @@ def main() -> None:
             rows = run_case(case, keys, args.repeats, args.images)
         title = name_case(network, batch)
         result["cases"][title] = rows
-        print(f"\n{title}\n\n{markdown(rows)}")
+        print(f"\n{title}\n\n{markdown(rows)}", flush=True)
         save_json(args.output, result)
     picture = draw(args.output.with_suffix(".png"), result)
     print(f"\n{args.output}; {picture or 'no plot: matplotlib is not installed'}")
