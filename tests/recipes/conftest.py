@@ -32,6 +32,11 @@ def text() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def imagenet() -> ModuleType:
+    return load_recipe("imagenet")
+
+
+@pytest.fixture(scope="session")
 def yolov3() -> SimpleNamespace:
     """The files of the folder, which import each other as scripts do, by plain names that others may have too."""
     names = ("compare", "data", "detection", "loss", "model", "pictures", "train", "weights")
