@@ -7,5 +7,6 @@ from .freezing import freeze, prepare
 from .fused import FusedModel, fuse
 from .integers import load
 from .onnx import to_onnx
+from .vendor import vendor_state_dict
 
-__all__ = ["FusedModel", "freeze", "fuse", "load", "prepare", "to_onnx"]
+__all__ = ["FusedModel", "freeze", "fuse", "load", "prepare", "to_onnx", "vendor_state_dict"]

@@ -61,7 +61,8 @@ def to_onnx(fused: FusedModel, path: str | os.PathLike[str]) -> None:
 
 
 def _export(program: Program, name: str) -> Any:
-    inputs = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in (program.specs[each] for each in program.inputs))
+    specs = [program.specs[each] for each in program.inputs]
+    inputs = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs)
     many = len(program.outputs) > 1
     module = _Dequantized(program)
     try:
@@ -150,7 +151,7 @@ class _Dequantized(nn.Module):
 
     def _linear(self, operator: str, x: Tensor, position: int, dtype: torch.dtype, stored: torch.dtype) -> Tensor:
         operands = [x, getattr(self, _scale(position))]
-        attributes = {}
+        attributes: dict[str, Any] = {}
         if self.opset == 20 and stored == torch.int8:
             operands.append(self.zero)
         elif operator == "QuantizeLinear":  # onnxruntime 1.31 mistakes the dtype of zero points in opset 21

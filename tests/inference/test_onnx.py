@@ -243,7 +243,7 @@ def test_the_file(tmp_path):
 
 def test_what_has_no_onnx_form_is_named(tmp_path):
     x = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="Odd has no ONNX form.*erf_inv"):
+    with pytest.raises(ValueError, match=r"Odd has no ONNX form.*erf_inv"):
         exported(trained(Odd, lambda step: (x, None)), x, tmp_path / "x.onnx")
     with pytest.raises(ValueError, match="'query' rounds its input by 'half_up', and ONNX"):
         exported(trained(Shared, lambda step: (x, None), rounding="half_up"), x, tmp_path / "x.onnx")
