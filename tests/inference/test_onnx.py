@@ -1,4 +1,5 @@
 import copy
+import sys
 from functools import cache
 
 import pytest
@@ -248,3 +249,10 @@ def test_what_has_no_onnx_form_is_named(tmp_path):
     with pytest.raises(ValueError, match="'query' rounds its input by 'half_up', and ONNX"):
         exported(trained(Shared, lambda step: (x, None), rounding="half_up"), x, tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_to_be_installed_is_named(tmp_path, monkeypatch):
+    x = torch.randn(2, 3, 4)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnxscript is missing.*cnmix\[onnx\]"):
+        exported(trained(Shared, lambda step: (x, None)), x, tmp_path / "x.onnx")
