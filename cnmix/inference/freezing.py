@@ -88,7 +88,7 @@ def freeze(model: Model) -> Model:
     idle: set[int] = set()  # of modules whose weight functions multiply, without calling them
     for name, quantizers in sets.items():
         if quantizers.of_function:
-            quantizers.freeze_at_next_use()
+            quantizers.freeze_integers()
         elif weights.serve_functions(name) and not quantizers.input.state.step:
             idle.add(id(quantizers))
         else:

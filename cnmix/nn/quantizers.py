@@ -348,13 +348,9 @@ class ModuleQuantizers:
         self._weight_integers = self._weight_layout(self.weight(to_host(weight.detach()), training=False))
         self._frozen = True
 
-    def freeze_integers(self, integers: FixedPoint) -> None:
-        """Fixes the weight's integers, which are known, for inference."""
+    def freeze_integers(self, integers: FixedPoint | None = None) -> None:
+        """Fixes the weight's integers for inference: these, or those of the parameter that a function next gets."""
         self._weight_integers, self._frozen = integers, True
-
-    def freeze_at_next_use(self) -> None:
-        """Fixes the integers of a function's parameter, which it is called with, for inference."""
-        self._weight_integers, self._frozen = None, True
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the settings in force, the state of each operand, and how the weight was drawn at random; plain data.
