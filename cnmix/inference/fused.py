@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..kernels import native, plan
 from ..nn import module_name, quantizer_sets
 from .fusion import folded, fuse_steps
+from .integers import IntegerModule
 from .lowering import export
 from .nodes import Call, Floats, Fused, Integers, Key, Layout
 from .program import Program, Spec, run_step
@@ -125,7 +126,10 @@ class FusedModel(nn.Module):
         program, structure = export(self.model, inputs, keywords)
         fused = FusedProgram(program)
         found = fused.run(*_tensors((inputs, keywords)))
-        if not all(map(_is_same, pytree.tree_leaves(expected), found)):
+        # Torch computes some modules in a fused kernel of its own, which rounds otherwise than the graph's operators.
+        integers = bool(sets) or any(isinstance(module, IntegerModule) for module in self.model.modules())
+        is_right = _is_same if integers else _is_close
+        if not all(map(is_right, pytree.tree_leaves(expected), found)):
             raise ValueError(
                 f"the graph that torch.export makes of {type(self.model).__name__} computes other numbers than the "
                 "model does, which code can cause that asks torch.compiler.is_compiling(), or that draws random "
@@ -151,6 +155,16 @@ def _is_same(expected: Any, found: Tensor) -> bool:
     return alike and bool(((expected == found) | (expected != expected) & (found != found)).all())
 
 
+def _is_close(expected: Any, found: Tensor) -> bool:
+    """Whether two results in float are the same but for rounding."""
+    if _is_same(expected, found):
+        return True
+    if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        return False
+    largest = expected.nan_to_num().abs().max().item()
+    return torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
+
+
 def fuse(model: nn.Module, *inputs: Any, **keywords: Any) -> FusedModel:
     """Fuses a model: its products take along what follows them, and tensors stay integers between them.
 
@@ -161,7 +175,7 @@ def fuse(model: nn.Module, *inputs: Any, **keywords: Any) -> FusedModel:
         **keywords: likewise, by name.
 
     Returns:
-        A module that computes the same, to the bit.
+        A module that computes the same: an integer model's numbers to the bit, a float model's but for rounding.
 
     Raises:
         ValueError: if the model is in training, or ``torch.export`` cannot follow it, or makes something else of it.

@@ -298,3 +298,11 @@ def test_gradients_make_no_new_quantizers():
     with torch.no_grad():
         expected = model(x)
     assert torch.equal(model(x), expected)
+
+
+def test_a_float_model_is_fused_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    x = draw(3, 5, 8)
+    with torch.no_grad():
+        assert torch.allclose(fuse(model, x)(x), model(x), atol=1e-5)
