@@ -6,5 +6,6 @@ No calibration pass: what the quantizers learned is all that is needed.
 from .freezing import freeze, prepare
 from .fused import FusedModel, fuse
 from .integers import load
+from .offline import OfflineModel
 
-__all__ = ["FusedModel", "freeze", "fuse", "load", "prepare"]
+__all__ = ["FusedModel", "OfflineModel", "freeze", "fuse", "load", "prepare"]
