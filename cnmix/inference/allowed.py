@@ -80,8 +80,8 @@ scalar_tensor default; full_like default; zeros_like default; ones_like default;
 new_ones default; _to_copy default; to dtype; type_as default
 """
 # Those that keep shape and dtype of a float tensor, and those that take the common shape and dtype of two.
-_ELEMENTWISE = """relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid sigmoid tanh softplus exp neg abs
-sqrt rsqrt clamp clamp_min clamp_max clone alias detach"""
+_ELEMENTWISE = """relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid sigmoid tanh softplus exp neg
+abs sqrt rsqrt clamp clamp_min clamp_max alias detach"""
 _BROADCASTING = "add sub mul div"
 
 ALLOWED = frozenset(
@@ -265,6 +265,11 @@ def _check_attention(bound: Mapping[str, Any]) -> None:
     _need(scores <= MAX_ELEMENTS, f"its {scores} scores are more than {MAX_ELEMENTS}")
 
 
+def _check_index(bound: Mapping[str, Any]) -> None:
+    wrong = [each.dtype for each in bound["indices"] if each is not None and each.dtype in (torch.bool, torch.uint8)]
+    _need(not wrong, "a mask as an index gives a size that is not known beforehand")
+
+
 _RULES: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "integer_linear": _check_linear,
     "integer_convolution": _check_convolution,
@@ -272,4 +277,5 @@ _RULES: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "instance_norm": _check_norm,
     "_native_batch_norm_legit_no_training": _check_norm,
     "scaled_dot_product_attention": _check_attention,
+    "index": _check_index,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..nn.products import ConvolutionGeometry
 from .allowed import ALLOWED, BROADCASTING, ELEMENTWISE, MAX_ELEMENTS, bound_arguments, check_call
 from .container import is_size, read_json
 from .program import CONVOLUTION, LINEAR, Program, Ref, Spec, Step, find_operator, resolved
@@ -368,12 +369,25 @@ def _returned(step: Step, bound: Mapping[str, Any], values: Mapping[str, Tensor]
             shape = torch.broadcast_shapes(*(each.shape for each in taken))
             return [_on_meta(Spec(shape, torch.result_type(bound["self"], bound["other"])))]
     check_call(step.operator, bound)
+    if step.operator in (LINEAR, CONVOLUTION):  # a fake kernel's first call would import the compiler, a second's work
+        return [_product(step.operator, bound)]
     keywords = resolved(step.keywords, values)
     if next(step.inputs(), None) is None:
         keywords["device"] = "meta"  # it makes a tensor of nothing
     with _Bounded():
         result = find_operator(step.operator)(*resolved(step.arguments, values), **keywords)
     return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _product(operator: str, bound: Mapping[str, Any]) -> Tensor:
+    """Returns what a product with integers returns, on the meta device."""
+    x, weight = bound["x"], bound["weight"]
+    if operator == LINEAR:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    lists = [tuple(bound[name]) for name in ("stride", "padding", "dilation", "output_padding")]
+    geometry = ConvolutionGeometry(*lists[:3], bound["groups"], bound["transposed"], lists[3])
+    images, channels, *size = geometry.output_shape(x.shape, weight.shape)
+    return x.new_empty((images, *size, channels)).movedim(-1, 1)
 
 
 def _check_value(name: str, spec: Spec, value: Tensor) -> None:
