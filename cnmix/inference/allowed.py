@@ -265,6 +265,20 @@ def _check_attention(bound: Mapping[str, Any]) -> None:
     _need(scores <= MAX_ELEMENTS, f"its {scores} scores are more than {MAX_ELEMENTS}")
 
 
+def _check_matmul(bound: Mapping[str, Any]) -> None:
+    # Torch repeats each operand for the other's batch.
+    a, b = bound["self"], bound["other"]
+    if a.dim() > 2 or b.dim() > 2:
+        batch = math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
+        most = batch * max(math.prod(a.shape[-2:]), math.prod(b.shape[-2:]))
+        _need(most <= MAX_ELEMENTS, f"its operands have {most} numbers for all of the batch, more than {MAX_ELEMENTS}")
+
+
+def _check_einsum(bound: Mapping[str, Any]) -> None:
+    # Of more there would be tensors between them whose size nothing says.
+    _need(len(bound["tensors"]) <= 2 and bound["path"] is None, "it may have two operands, and no path")
+
+
 def _check_index(bound: Mapping[str, Any]) -> None:
     wrong = [each.dtype for each in bound["indices"] if each is not None and each.dtype in (torch.bool, torch.uint8)]
     _need(not wrong, "a mask as an index gives a size that is not known beforehand")
@@ -278,4 +292,6 @@ _RULES: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "_native_batch_norm_legit_no_training": _check_norm,
     "scaled_dot_product_attention": _check_attention,
     "index": _check_index,
+    "matmul": _check_matmul,
+    "einsum": _check_einsum,
 }

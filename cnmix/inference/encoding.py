@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..nn.products import ConvolutionGeometry
 from .allowed import ALLOWED, BROADCASTING, ELEMENTWISE, MAX_ELEMENTS, bound_arguments, check_call
@@ -369,13 +368,12 @@ def _returned(step: Step, bound: Mapping[str, Any], values: Mapping[str, Tensor]
             shape = torch.broadcast_shapes(*(each.shape for each in taken))
             return [_on_meta(Spec(shape, torch.result_type(bound["self"], bound["other"])))]
     check_call(step.operator, bound)
-    if step.operator in (LINEAR, CONVOLUTION):  # a fake kernel's first call would import the compiler, a second's work
+    if step.operator in (LINEAR, CONVOLUTION):  # a first call of a fake kernel imports the compiler
         return [_product(step.operator, bound)]
     keywords = resolved(step.keywords, values)
     if next(step.inputs(), None) is None:
         keywords["device"] = "meta"  # it makes a tensor of nothing
-    with _Bounded():
-        result = find_operator(step.operator)(*resolved(step.arguments, values), **keywords)
+    result = find_operator(step.operator)(*resolved(step.arguments, values), **keywords)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -402,14 +400,3 @@ def _check_weight(step: Step, constants: Mapping[str, Tensor]) -> None:
         raise ValueError("the weight must be a constant")
     if weight.dtype == torch.int32 and (int(weight.min()) < -(2**30) or int(weight.max()) >= 2**30):
         raise ValueError("the weight has numbers of more than 31 bits")
-
-
-class _Bounded(TorchDispatchMode):
-    """Refuses operators that return too much, also those that other operators are made of."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in pytree.tree_leaves(result):
-            if isinstance(each, Tensor) and each.numel() > MAX_ELEMENTS:
-                raise ValueError(f"makes {each.numel()} numbers at once; {MAX_ELEMENTS} are the most")
-        return result
