@@ -16,7 +16,7 @@ from ..kernels import native, plan
 from .fusion import folded, fuse_steps
 from .lowering import export
 from .nodes import Call, Floats, Fused, Integers, Key, Layout
-from .program import Program, run_step
+from .program import Program, Spec, run_step
 
 
 class FusedProgram:
@@ -141,7 +141,7 @@ class FusedModel(nn.Module):
 
     def _fused(self, inputs: tuple[Any, ...]) -> tuple[FusedProgram, Any]:
         leaves, structure = pytree.tree_flatten(inputs)
-        shapes = (structure, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        shapes = (structure, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
         with self._lock:
             if shapes not in self._made:
                 program, outputs = export(self.model, inputs)
@@ -205,7 +205,8 @@ class _Group:
         outputs = [self._empty(key, layout) for key, layout in self._results]
         if not self._plan.run(inputs, outputs):
             return False
-        values.update({_name(key): out for (key, _), out in zip(self._results, outputs, strict=True)})
+        for (key, _), out in zip(self._results, outputs, strict=True):
+            values[_name(key)] = self._as_called(key, out)
         return True
 
     def _shape(self, key: Key, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
@@ -219,6 +220,15 @@ class _Group:
         if layout == "rows":
             return native.empty(shape, dtype)
         return native.empty((shape[0], *shape[2:], shape[1]), dtype).movedim(-1, 1)
+
+    def _as_called(self, key: Key, made: Tensor) -> Tensor:
+        """Returns a result as it lies where the model is called operator by operator."""
+        spec = self._program.specs[key.value]
+        if isinstance(key, Integers) or all(
+            n == 1 or a == b for n, a, b in zip(spec.shape, spec.strides, made.stride(), strict=True)
+        ):
+            return made
+        return torch.empty_strided(spec.shape, spec.strides).copy_(made)
 
     def _add_source(self, key: Key, node: Fused) -> None:
         layout = key.layout if isinstance(key, Integers) else node.layout
@@ -235,12 +245,13 @@ class _Group:
 
     def _add_step(self, node: Fused) -> None:
         sources = [self._find(key, node.layout) for key in node.sources]
+        target = self._find(next(node.results()), node.layout)
         if node.kind == "max_pool":
-            self._plan.max_pool(sources[0], self._find(node.quantized[0], node.layout), *node.geometry)
+            self._plan.max_pool(sources[0], target, *node.geometry)
         elif node.kind == "concatenate":
-            self._plan.concatenate(sources, self._find(node.quantized[0], node.layout))
+            self._plan.concatenate(sources, target)
         elif node.kind == "upsample":
-            self._plan.upsample_nearest(sources[0], self._find(node.quantized[0], node.layout))
+            self._plan.upsample_nearest(sources[0], target)
         elif node.kind == "elements":
             self._plan.elements(sources[0], self._chain(node))
         else:

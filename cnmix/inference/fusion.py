@@ -106,6 +106,10 @@ class _Joining:
         index = self.makers.get(key.value)
         if index is None:
             return None
+        moved = self._moved(key)
+        if moved is not None:
+            moved.stored.append(key.value)
+            return self.made.setdefault(key, moved)
         step = self.program.steps[index]
         names = dict.fromkeys(step.inputs())
         sources: list[Key] = [Floats(name) for name in names if name not in self.program.constants]
@@ -181,7 +185,9 @@ class _Joining:
             return Stage("multiply", torch.full((1,), 2.0)) if kind == "add" else None
         before = self.makers.get(name, -1) < index
         known = self.chain_of.get(name)
-        alike = self.program.specs[name] == self.program.specs[flow] and (known is None or known.layout == layout)
+        alike = self.program.specs[name][:2] == self.program.specs[flow][:2] and (
+            known is None or known.layout == layout
+        )
         return Stage("add_value", name) if kind == "add" and before and alike else None
 
     def _per_channel(self, constant: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor | None:
@@ -254,10 +260,10 @@ class _Joining:
         flat = (shape[0], math.prod(shape[1:])) if len(shape) == 4 else None
         return image if flat == self._shape(name) else None
 
-    def _moved(self, key: Integers) -> Fused | None:
-        """Returns the movement that makes these integers of integers, if there is one."""
+    def _moved(self, key: Key) -> Fused | None:
+        """Returns the movement that makes integers of integers, or floats of what chains make, if there is one."""
         index = self.makers.get(key.value)
-        if index is None or key.layout != "image":
+        if index is None or (isinstance(key, Integers) and key.layout != "image"):
             return None
         step = self.program.steps[index]
         arguments, shape = step.arguments, self._shape(key.value)
@@ -279,6 +285,9 @@ class _Joining:
             return None
         sources: list[Key] = [key._replace(value=name) for name in names]
         if any(each.value in self.program.constants for each in sources):
+            return None
+        chains = [self.chain_of.get(each.value) for each in sources]
+        if isinstance(key, Floats) and not all(each is not None and each.layout == "image" for each in chains):
             return None
         return Fused(kind, index, "image", sources, step, geometry=geometry)  # type: ignore[arg-type]
 

@@ -89,7 +89,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
                 if not isinstance(node.meta.get("val"), Tensor):
                     raise ValueError(f"the model takes {node.name}, which is no tensor: give it tensors only")
                 made.inputs.append(node.name)
-                made.specs[node.name] = _spec(node.meta["val"])
+                made.specs[node.name] = Spec.of(node.meta["val"])
             elif node.users:
                 target = source.target
                 state = exported.state_dict if target in exported.state_dict else exported.constants
@@ -111,7 +111,7 @@ def _add_call(made: Program, node: torch.fx.Node, names: dict[torch.fx.Node, Any
         whole, index = node.args
         made.steps[names[whole]].outputs[index] = node.name  # type: ignore[index]
         names[node] = Ref(node.name)
-        made.specs[node.name] = _spec(node.meta["val"])
+        made.specs[node.name] = Spec.of(node.meta["val"])
         return
     if not isinstance(target, torch._ops.OpOverload):
         raise ValueError(f"the model calls {target}, which is no operator on tensors")
@@ -122,7 +122,7 @@ def _add_call(made: Program, node: torch.fx.Node, names: dict[torch.fx.Node, Any
         names[node] = len(made.steps)
     else:
         names[node] = Ref(node.name)
-        made.specs[node.name] = _spec(value)
+        made.specs[node.name] = Spec.of(value)
     arguments, keywords = _arguments(list(node.args), names), _arguments(dict(node.kwargs), names)
     made.steps.append(Step(str(target), arguments, keywords, outputs))
 
@@ -135,7 +135,3 @@ def _arguments(arguments: Any, names: dict[torch.fx.Node, Any]) -> Any:
     if isinstance(arguments, (list, tuple)):
         return [_arguments(each, names) for each in arguments]
     return arguments
-
-
-def _spec(value: Tensor) -> Spec:
-    return Spec(tuple(int(n) for n in value.shape), value.dtype)

@@ -36,10 +36,18 @@ class Spec(NamedTuple):
     Attributes:
         shape: of the tensor.
         dtype: of the tensor.
+        strides: how it lies in memory, in elements. Some operators compute the elements that fill no register in
+            another way than the others, so that their last bits depend on it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Spec:
+        """Returns what a tensor is."""
+        return cls(tuple(int(n) for n in x.shape), x.dtype, tuple(int(n) for n in x.stride()))
 
 
 @dataclass
@@ -115,7 +123,7 @@ class Program:
         return found
 
     def check_inputs(self, inputs: Sequence[Tensor], what: str) -> None:
-        """Raises unless the inputs are tensors of the program's shapes and dtypes.
+        """Raises unless the inputs are tensors of the program's shapes and dtypes, however they lie in memory.
 
         Args:
             inputs: what was given.
@@ -125,8 +133,8 @@ class Program:
             ValueError: if there are others.
         """
         wanted = [self.specs[name] for name in self.inputs]
-        given = [Spec(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
-        if given != wanted:
+        given = [Spec.of(x) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+        if [each[:2] for each in given] != [each[:2] for each in wanted]:
             raise ValueError(f"{what} takes {_described(wanted)}, got {_described(given)}")
 
 
