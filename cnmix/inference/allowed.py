@@ -79,11 +79,6 @@ arange default start start_step; linspace default; full default; zeros default; 
 scalar_tensor default; full_like default; zeros_like default; ones_like default; new_full default; new_zeros default;
 new_ones default; _to_copy default; to dtype; type_as default
 """
-# Those that keep shape and dtype of a float tensor, and those that take the common shape and dtype of two.
-_ELEMENTWISE = """relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid sigmoid tanh softplus exp neg
-abs sqrt rsqrt clamp clamp_min clamp_max alias detach"""
-_BROADCASTING = "add sub mul div"
-
 ALLOWED = frozenset(
     f"aten.{entry.split()[0]}.{overload}"
     for line in _ATEN.strip().splitlines()
@@ -91,8 +86,6 @@ ALLOWED = frozenset(
     if entry.strip()
     for overload in entry.split()[1:]
 ) | {LINEAR, CONVOLUTION}
-ELEMENTWISE = frozenset(f"aten.{name}.default" for name in _ELEMENTWISE.split())
-BROADCASTING = frozenset(f"aten.{name}.Tensor" for name in _BROADCASTING.split())
 
 
 def bound_arguments(operator: str, arguments: list[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..nn.products import ConvolutionGeometry
-from .allowed import ALLOWED, BROADCASTING, ELEMENTWISE, MAX_ELEMENTS, bound_arguments, check_call
+from .allowed import ALLOWED, MAX_ELEMENTS, bound_arguments, check_call
 from .container import is_size, read_json
 from .program import CONVOLUTION, LINEAR, Program, Ref, Spec, Step, find_operator, resolved
+from .shapes import returned_by_rule
 
 MAX_STEPS = 5_000
 # Of the values that are alive at the same time, and of the constants.
@@ -167,7 +167,8 @@ def _encode_structure(value: Any) -> Any:
 
 
 def _encode_spec(spec: Spec) -> dict[str, Any]:
-    return {"shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return {"shape": list(spec.shape), "dtype": dtype, "strides": list(spec.strides)}
 
 
 def _check_keys(given: Any, wanted: tuple[str, ...], what: str) -> None:
@@ -197,11 +198,13 @@ def _decode_specs(given: Any) -> dict[str, Spec]:
     made = {}
     for name, each in given.items():
         where = f"its value {_name(name, 'its values')}"
-        _check_keys(each, ("shape", "dtype"), where)
-        shape = _list(each["shape"], f"the shape of {where}")
+        _check_keys(each, ("shape", "dtype", "strides"), where)
+        shape, strides = (_list(each[key], f"the {key} of {where}") for key in ("shape", "strides"))
         if len(shape) > 64 or not all(map(is_size, shape)) or math.prod(shape) > MAX_ELEMENTS:
             raise ValueError(f"{where} has the shape {ascii(shape)[:80]}: at most {MAX_ELEMENTS} numbers")
-        made[name] = Spec(tuple(shape), _dtype(each["dtype"], where))
+        if len(strides) != len(shape) or not all(map(is_size, strides)) or _extent(shape, strides) > MAX_ELEMENTS:
+            raise ValueError(f"{where} has the strides {ascii(strides)[:80]}, which do not fit {ascii(shape)[:80]}")
+        made[name] = Spec(tuple(shape), _dtype(each["dtype"], where), tuple(strides))
     return made
 
 
@@ -320,8 +323,13 @@ def _leaves(structure: Any, depth: int) -> Iterator[int]:
         yield from _leaves(each, depth + 1)
 
 
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Returns how many numbers lie between the first and the last of a tensor."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True) if n)
+
+
 def _bytes(spec: Spec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize
+    return max(math.prod(spec.shape), _extent(spec.shape, spec.strides)) * spec.dtype.itemsize
 
 
 def _check_sizes(program: Program) -> None:
@@ -360,16 +368,10 @@ def _on_meta(spec: Spec) -> Tensor:
 
 def _returned(step: Step, bound: Mapping[str, Any], values: Mapping[str, Tensor]) -> list[Tensor]:
     """Returns what a step returns, on the meta device; ``bound`` has its arguments there, by name."""
-    taken = [each for each in bound.values() if isinstance(each, Tensor)]
-    if all(each.is_floating_point() for each in taken):  # what most steps are, without torch's much slower way
-        if step.operator in ELEMENTWISE:
-            return [taken[0]]
-        if step.operator in BROADCASTING:
-            shape = torch.broadcast_shapes(*(each.shape for each in taken))
-            return [_on_meta(Spec(shape, torch.result_type(bound["self"], bound["other"])))]
     check_call(step.operator, bound)
-    if step.operator in (LINEAR, CONVOLUTION):  # a first call of a fake kernel imports the compiler
-        return [_product(step.operator, bound)]
+    by_rule = returned_by_rule(step.operator, bound)
+    if by_rule is not None:
+        return [by_rule]
     keywords = resolved(step.keywords, values)
     if next(step.inputs(), None) is None:
         keywords["device"] = "meta"  # it makes a tensor of nothing
@@ -377,21 +379,10 @@ def _returned(step: Step, bound: Mapping[str, Any], values: Mapping[str, Tensor]
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _product(operator: str, bound: Mapping[str, Any]) -> Tensor:
-    """Returns what a product with integers returns, on the meta device."""
-    x, weight = bound["x"], bound["weight"]
-    if operator == LINEAR:
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
-    lists = [tuple(bound[name]) for name in ("stride", "padding", "dilation", "output_padding")]
-    geometry = ConvolutionGeometry(*lists[:3], bound["groups"], bound["transposed"], lists[3])
-    images, channels, *size = geometry.output_shape(x.shape, weight.shape)
-    return x.new_empty((images, *size, channels)).movedim(-1, 1)
-
-
 def _check_value(name: str, spec: Spec, value: Tensor) -> None:
-    if (tuple(value.shape), value.dtype) != spec:
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise ValueError(f"returns {dtype} {tuple(value.shape)}, but {name} is said to be {_encode_spec(spec)}")
+    if (tuple(value.shape), value.dtype) != spec[:2]:
+        dtypes = [str(each).removeprefix("torch.") for each in (value.dtype, spec.dtype)]
+        raise ValueError(f"returns {dtypes[0]} {tuple(value.shape)}, but {name} is said to be {dtypes[1]} {spec.shape}")
 
 
 def _check_weight(step: Step, constants: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from ..version import __version__
 from . import container
 from .encoding import MAX_NAME, decode, encode, structured
 from .fused import FusedProgram
-from .program import Program
+from .program import Program, Spec
 
 _ENTRIES = (
     "program",
@@ -139,8 +139,8 @@ class OfflineModel(nn.Module):
         self.core_number, self.core_version = described.core_number, described.core_version
         self.batch_size = described.batch_size
         self.cnmix_version, self.torch_version = entries["cnmix_version"], entries["torch_version"]
-        self.inputs = [TensorInfo(name, *self.program.specs[name]) for name in self.program.inputs]
-        self.outputs = [TensorInfo(name, *_spec_of(self.program, name)) for name in self.program.outputs]
+        self.inputs = [TensorInfo(name, *self.program.specs[name][:2]) for name in self.program.inputs]
+        self.outputs = [TensorInfo(name, *_spec_of(self.program, name)[:2]) for name in self.program.outputs]
         self.eval()
 
     @torch.no_grad()
@@ -196,6 +196,6 @@ def _batch_size(program: Program) -> int:
     return shape[0] if shape else 1
 
 
-def _spec_of(program: Program, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+def _spec_of(program: Program, name: str) -> Spec:
     constant: Tensor | None = program.constants.get(name)
-    return program.specs[name] if constant is None else (tuple(constant.shape), constant.dtype)
+    return program.specs[name] if constant is None else Spec.of(constant)
