@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..fixed_point import BITS, POSITION_MAX, POSITION_MIN, ROUNDINGS
 from .program import CONVOLUTION, LINEAR, Ref, find_operator
+from .shapes import broadcast
 
 MAX_ELEMENTS = 2**31
 _ROUNDINGS = tuple(name for name in ROUNDINGS if name != "stochastic")
@@ -262,7 +263,7 @@ def _check_matmul(bound: Mapping[str, Any]) -> None:
     # Torch repeats each operand for the other's batch.
     a, b = bound["self"], bound["other"]
     if a.dim() > 2 or b.dim() > 2:
-        batch = math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
+        batch = math.prod(broadcast(a.shape[:-2], b.shape[:-2]))
         most = batch * max(math.prod(a.shape[-2:]), math.prod(b.shape[-2:]))
         _need(most <= MAX_ELEMENTS, f"its operands have {most} numbers for all of the batch, more than {MAX_ELEMENTS}")
 

@@ -6,7 +6,7 @@ A rule says nothing (None) where it is not sure; torch then does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,20 @@ def returned_by_rule(operator: str, bound: Bound) -> Tensor | None:
     return None if rule is None else rule(bound)
 
 
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Does what ``torch.broadcast_shapes`` does, whose first call imports sympy.
+
+    Raises:
+        ValueError: if the shapes do not broadcast.
+    """
+    rank = max(map(len, shapes), default=0)
+    columns = zip(*((1,) * (rank - len(shape)) + tuple(shape) for shape in shapes), strict=True)
+    sizes = [set(column) - {1} or {1} for column in columns]
+    if any(len(each) > 1 for each in sizes):
+        raise ValueError(f"the shapes {' and '.join(str(tuple(shape)) for shape in shapes)} do not go together")
+    return tuple(size for (size,) in sizes)
+
+
 def _same(bound: Bound) -> Tensor | None:
     x = bound["self"] if "self" in bound else bound["input"]
     return x if x.is_floating_point() else None
@@ -46,7 +60,7 @@ def _broadcast(bound: Bound, dtype: torch.dtype | None = None) -> Tensor | None:
     tensors = [each for each in operands if isinstance(each, Tensor)]
     if not all(each.is_floating_point() for each in tensors) or not tensors:
         return None
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    shape = broadcast(*(each.shape for each in tensors))
     return torch.empty(shape, dtype=dtype or torch.result_type(*operands), device="meta")
 
 
@@ -56,7 +70,7 @@ def _compared(bound: Bound) -> Tensor | None:
 
 def _masked(bound: Bound) -> Tensor | None:
     x, mask = bound["self"], bound["mask"]
-    fits = mask.dtype == torch.bool and torch.broadcast_shapes(x.shape, mask.shape) == x.shape
+    fits = mask.dtype == torch.bool and broadcast(x.shape, mask.shape) == x.shape
     return x if fits and x.is_floating_point() else None
 
 
@@ -104,6 +118,24 @@ def _pooled(bound: Bound) -> Tensor | None:
     return x.new_empty((*x.shape[:-2], *size))
 
 
+def _max_pooled(bound: Bound) -> Tensor | None:
+    x = bound["self"]
+    lists = [bound["kernel_size"], bound["stride"] or bound["kernel_size"], bound["padding"], bound["dilation"]]
+    lists = [[each] if isinstance(each, int) else each for each in lists]
+    if (
+        x.dim() != 4
+        or bound["ceil_mode"]
+        or not x.is_floating_point()
+        or any(len(each) not in (1, 2) for each in lists)
+    ):
+        return None
+    windows = list(zip(*(each * 2 if len(each) == 1 else each for each in lists), strict=True))
+    if any(k < 1 or s < 1 or d < 1 or not 0 <= p <= k // 2 for k, s, p, d in windows) or 0 in x.shape:
+        return None
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, (k, s, p, d) in zip(x.shape[2:], windows, strict=True)]
+    return x.new_empty((*x.shape[:2], *sizes)) if min(sizes) > 0 else None
+
+
 def _layer_norm(bound: Bound) -> Tensor | None:
     x, shape = bound["input"], tuple(bound["normalized_shape"])
     parts = (bound["weight"], bound["bias"])
@@ -128,7 +160,7 @@ def _attention(bound: Bound) -> Tensor | None:
         return None
     mask = bound["attn_mask"]
     scores = (*query.shape[:-1], key.shape[-2])
-    if mask is not None and torch.broadcast_shapes(mask.shape, scores) != scores:
+    if mask is not None and broadcast(mask.shape, scores) != scores:
         return None
     return query.new_empty((*query.shape[:-1], value.shape[-1])) if query.is_floating_point() else None
 
@@ -168,6 +200,7 @@ _RULES: dict[str, Callable[[Bound], Tensor | None]] = {
     "aten.stack.default": _stacked,
     "aten.mean.dim": _mean,
     "aten.adaptive_avg_pool2d.default": _pooled,
+    "aten.max_pool2d.default": _max_pooled,
     "aten.layer_norm.default": _layer_norm,
     "aten.group_norm.default": _group_norm,
     "aten.scaled_dot_product_attention.default": _attention,
