@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,9 +161,10 @@ def _read(file: Path) -> Any:
         except SafetensorError as error:
             raise ValueError(f"{file} is no safetensors file: {error}") from error
     if file.suffix == ".pt":
-        from .checkpoint import read_plain
-
-        return read_plain(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file} holds no plain tensors: {str(error).splitlines()[0]}") from error
     raise ValueError(f"{file} must end in .npy, .pt or .safetensors")
 
 
