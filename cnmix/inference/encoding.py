@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .allowed import ALLOWED, MAX_ELEMENTS, bound_arguments, check_call
+from .allowed import ALLOWED, MAX_ELEMENTS, bound_arguments
+from .checking import check_references, check_sizes, check_values, extent
 from .container import is_size, read_json
-from .program import CONVOLUTION, LINEAR, Program, Ref, Spec, Step, find_operator, resolved
-from .shapes import returned_by_rule
+from .program import Program, Ref, Spec, Step
 
 MAX_STEPS = 5_000
-# Of the values that are alive at the same time, and of the constants.
-MAX_BYTES = 8 * 2**30
 MAX_NAME = 200
 _MAX_DEPTH = 8
 
@@ -109,12 +107,12 @@ def decode(text: str, tensors: Mapping[str, Tensor]) -> tuple[Program, Any]:
         raise ValueError(f"its program has {len(steps)} steps; {MAX_STEPS} are the most")
     decoded = [_decode_step(*each) for each in enumerate(steps)]
     program = Program(inputs, outputs, [step for step, _ in decoded], constants, specs)
-    _check_references(program)
+    check_references(program)
     leaves = list(_leaves(described["structure"], 0))
     if leaves != list(range(len(outputs))):
         raise ValueError("its structure does not name each output once, in order")
-    _check_sizes(program)
-    _check_values(program, [bound for _, bound in decoded])
+    check_sizes(program)
+    check_values(program, [bound for _, bound in decoded])
     return program, described["structure"]
 
 
@@ -202,7 +200,7 @@ def _decode_specs(given: Any) -> dict[str, Spec]:
         shape, strides = (_list(each[key], f"the {key} of {where}") for key in ("shape", "strides"))
         if len(shape) > 64 or not all(map(is_size, shape)) or math.prod(shape) > MAX_ELEMENTS:
             raise ValueError(f"{where} has the shape {ascii(shape)[:80]}: at most {MAX_ELEMENTS} numbers")
-        if len(strides) != len(shape) or not all(map(is_size, strides)) or _extent(shape, strides) > MAX_ELEMENTS:
+        if len(strides) != len(shape) or not all(map(is_size, strides)) or extent(shape, strides) > MAX_ELEMENTS:
             raise ValueError(f"{where} has the strides {ascii(strides)[:80]}, which do not fit {ascii(shape)[:80]}")
         made[name] = Spec(tuple(shape), _dtype(each["dtype"], where), tuple(strides))
     return made
@@ -274,35 +272,6 @@ def _decode(given: Any, where: str, depth: int) -> Any:
     return kinds[kind][value]
 
 
-def _check_references(program: Program) -> None:
-    """Checks that every name is made once, before it is used, and described where it is made."""
-    made = set(program.constants)
-    described = set()
-
-    def add(name: str, where: str) -> None:
-        if name in made:
-            raise ValueError(f"{where} makes {name}, which there is already")
-        if name not in program.specs:
-            raise ValueError(f"{where} makes {name}, which its values do not describe")
-        made.add(name)
-        described.add(name)
-
-    for name in program.inputs:
-        add(name, "its list of inputs")
-    for index, step in enumerate(program.steps):
-        for name in step.inputs():
-            if name not in made:
-                raise ValueError(f"its step {index}, {step.operator}, takes {name}, which nothing makes before it")
-        for each in step.outputs:
-            if each is not None:
-                add(each, f"its step {index}, {step.operator},")
-    for name in program.outputs:
-        if name not in made:
-            raise ValueError(f"its output {name} is made by nothing")
-    if set(program.specs) != described:
-        raise ValueError(f"its values describe {min(set(program.specs) - described)}, which nothing makes")
-
-
 def _leaves(structure: Any, depth: int) -> Iterator[int]:
     if is_size(structure):
         yield structure
@@ -321,73 +290,3 @@ def _leaves(structure: Any, depth: int) -> Iterator[int]:
             seen.add(pair[0])
             each = pair[1]
         yield from _leaves(each, depth + 1)
-
-
-def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Returns how many numbers lie between the first and the last of a tensor."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True) if n)
-
-
-def _bytes(spec: Spec) -> int:
-    return max(math.prod(spec.shape), _extent(spec.shape, spec.strides)) * spec.dtype.itemsize
-
-
-def _check_sizes(program: Program) -> None:
-    alive = peak = sum(_bytes(program.specs[name]) for name in program.inputs)
-    last = program.last_uses()
-    for index, step in enumerate(program.steps):
-        alive += sum(_bytes(program.specs[name]) for name in step.outputs if name is not None)
-        peak = max(peak, alive)
-        alive -= sum(_bytes(program.specs[name]) for name in last.get(index, ()))
-    if peak > MAX_BYTES:
-        raise ValueError(f"its values take {peak / 2**30:.1f} GiB at once; {MAX_BYTES // 2**30} are the most")
-
-
-def _check_values(program: Program, bounds: list[dict[str, Any]]) -> None:
-    """Checks that the steps return what the values are said to be; ``bounds`` has their arguments by name."""
-    values = {name: _on_meta(program.specs[name]) for name in program.inputs}
-    values |= {name: constant.to("meta") for name, constant in program.constants.items()}
-    with torch.no_grad():
-        for index, (step, bound) in enumerate(zip(program.steps, bounds, strict=True)):
-            try:
-                returned = _returned(step, resolved(bound, values), values)
-                for name, value in zip(step.outputs, returned, strict=True):
-                    if name is not None:
-                        _check_value(name, program.specs[name], value)
-                        values[name] = value
-                if step.operator in (LINEAR, CONVOLUTION):
-                    _check_weight(step, program.constants)
-            except Exception as error:  # whatever operators of torch raise for what they cannot take
-                lines = str(error).splitlines() or [type(error).__name__]
-                raise ValueError(f"its step {index}, {step.operator}: {ascii(lines[0])[1:-1][:200]}") from None
-
-
-def _on_meta(spec: Spec) -> Tensor:
-    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-
-
-def _returned(step: Step, bound: Mapping[str, Any], values: Mapping[str, Tensor]) -> list[Tensor]:
-    """Returns what a step returns, on the meta device; ``bound`` has its arguments there, by name."""
-    check_call(step.operator, bound)
-    by_rule = returned_by_rule(step.operator, bound)
-    if by_rule is not None:
-        return [by_rule]
-    keywords = resolved(step.keywords, values)
-    if next(step.inputs(), None) is None:
-        keywords["device"] = "meta"  # it makes a tensor of nothing
-    result = find_operator(step.operator)(*resolved(step.arguments, values), **keywords)
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _check_value(name: str, spec: Spec, value: Tensor) -> None:
-    if (tuple(value.shape), value.dtype) != spec[:2]:
-        dtypes = [str(each).removeprefix("torch.") for each in (value.dtype, spec.dtype)]
-        raise ValueError(f"returns {dtypes[0]} {tuple(value.shape)}, but {name} is said to be {dtypes[1]} {spec.shape}")
-
-
-def _check_weight(step: Step, constants: Mapping[str, Tensor]) -> None:
-    weight = constants.get(step.arguments[1].name)
-    if weight is None:
-        raise ValueError("the weight must be a constant")
-    if weight.dtype == torch.int32 and (int(weight.min()) < -(2**30) or int(weight.max()) >= 2**30):
-        raise ValueError("the weight has numbers of more than 31 bits")
