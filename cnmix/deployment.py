@@ -89,13 +89,13 @@ def export_checkpoint(
     digest = fused.save(target, name=name, core_number=core_number, core_version=core_version, metadata=metadata)
     files = [target]
     if onnx:
-        from .inference import to_onnx  # type: ignore[attr-defined]
+        from .inference import to_onnx
 
         files.append(target.with_suffix(".onnx"))
         to_onnx(fused, files[-1])
     if vendor:
         from .checkpoint import write
-        from .inference import vendor_state_dict  # type: ignore[attr-defined]
+        from .inference import vendor_state_dict
 
         files.append(target.with_suffix(".pth"))
         write(files[-1], vendor_state_dict(model))

@@ -6,13 +6,8 @@ No calibration pass: what the quantizers learned is all that is needed.
 from .freezing import freeze, prepare
 from .fused import FusedModel, fuse
 from .integers import load
-<<<<<<< HEAD
 from .offline import OfflineModel
-
-__all__ = ["FusedModel", "OfflineModel", "freeze", "fuse", "load", "prepare"]
-=======
 from .onnx import to_onnx
 from .vendor import vendor_state_dict
 
-__all__ = ["FusedModel", "freeze", "fuse", "load", "prepare", "to_onnx", "vendor_state_dict"]
->>>>>>> 1d56d76cd181f44806a1f041604ed5d8eb7fa0e7
+__all__ = ["FusedModel", "OfflineModel", "freeze", "fuse", "load", "prepare", "to_onnx", "vendor_state_dict"]

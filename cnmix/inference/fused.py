@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-<<<<<<< HEAD
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-=======
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
->>>>>>> 1d56d76cd181f44806a1f041604ed5d8eb7fa0e7
 
 import torch
 from torch import Tensor, nn
