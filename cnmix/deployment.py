@@ -18,7 +18,7 @@ from . import inference
 from .evaluation import find_checkpoints, has_integers, in_batches, restore
 from .inference import OfflineModel
 from .nn import quantizer_sets
-from .recipe import load_data
+from .recipe import build_model, load_data
 from .torch_mlu.cards import find_card
 
 
@@ -98,7 +98,7 @@ def export_checkpoint(
         from .inference import vendor_state_dict
 
         files.append(target.with_suffix(".pth"))
-        write(files[-1], vendor_state_dict(model))
+        write(files[-1], vendor_state_dict(build_model(recipe), saved))
     return Exported(checkpoint, files, digest)
 
 

@@ -62,6 +62,15 @@ def test_export_beside_the_checkpoint(run_folder, command):
     written.unlink()
 
 
+def test_the_other_forms(run_folder, command, tmp_path):
+    code, output, error = command("export", run_folder, "--output", tmp_path / "net.cambricon", "--onnx", "--vendor")
+    assert (code, error) == (0, "")
+    for suffix in ("cambricon", "onnx", "pth"):
+        assert re.search(rf"net\.{suffix}: [\d,]+ bytes", output)
+    assert "conv1.quantized_mode" in torch.load(tmp_path / "net.pth", weights_only=True)
+    assert (tmp_path / "net.onnx").stat().st_size > 0
+
+
 def test_offline_gives_what_the_integer_model_gives(run_folder, file):
     saved, recipe, net = restore(run_folder / "O1-seed0" / "model.pt")
     _, test = load_data(recipe)
