@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -101,6 +102,46 @@ class FusedModel(nn.Module):
         fused, structure = self._fused(inputs, keywords)
         outputs = fused.run(*_tensors((inputs, keywords)))
         return pytree.tree_unflatten(list(outputs), structure)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str = "",
+        core_number: int = 1,
+        core_version: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> str:
+        """Writes an offline model, for the shapes of the example that this was made with.
+
+        ``OfflineModel(path)`` runs it, without the model's Python code.
+
+        Args:
+            path: the file, by custom with the suffix ``.cambricon``; its folder is made where it is missing.
+            name: of the model; the file's own without its suffix where it is empty.
+            core_number: cores that it is for; kept, and of no effect on this machine.
+            core_version: card that it is for, as "MLU370"; likewise.
+            metadata: texts to keep with it, by name.
+
+        Returns:
+            The file's digest, SHA-256, which ``OfflineModel`` takes.
+
+        Raises:
+            ModuleNotFoundError: if safetensors is not installed.
+            ValueError: if the model calls or returns what an offline model cannot.
+        """
+        from .offline import save_offline
+
+        structure = next(iter(self._made.values()))[1]
+        return save_offline(
+            path,
+            self.first.program,
+            structure,
+            name=name,
+            core_number=core_number,
+            core_version=core_version,
+            metadata=metadata,
+        )
 
     def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
         leaves, structure = pytree.tree_flatten((inputs, dict(keywords)))

@@ -44,15 +44,15 @@ def multiply_rows(x: FixedPoint, weight: FixedPoint, bias: Tensor | None, exact:
 def convolve(
     x: FixedPoint, weight: FixedPoint, bias: Tensor | None, geometry: ConvolutionGeometry, exact: bool, name: str
 ) -> Tensor:
-    """Convolves integers (N, C, *spatial), transposed or not; float32 (N, O, *output), channels side by side."""
+    """Convolves integers (N, C, *spatial), transposed or not; float32 (N, O, *output), in memory as ``x`` is."""
     stride, padding, dilation, groups, transposed, _ = geometry
     if not transposed:
         return kernels.convolution(
-            x, weight, stride, padding, dilation, groups, bias=bias, channels_last=True, exact_int31=exact, name=name
+            x, weight, stride, padding, dilation, groups, bias=bias, exact_int31=exact, name=name
         )
     size = geometry.output_shape(x.values.shape, weight.values.shape)
     return kernels.convolution_grad_input(
-        x, weight, size, stride, padding, dilation, groups, bias=bias, channels_last=True, exact_int31=exact, name=name
+        x, weight, size, stride, padding, dilation, groups, bias=bias, exact_int31=exact, name=name
     )
 
 
@@ -203,7 +203,7 @@ def _(
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     images, channels, *size = geometry.output_shape(x.shape, weight.shape)
-    return x.new_empty((images, *size, channels)).movedim(-1, 1)
+    return _image(x, (images, channels, *size), x.dtype)
 
 
 @torch.library.register_fake("cnmix::integer_matmul", lib=_library)
@@ -226,9 +226,16 @@ def _(
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     images, channels, *size = geometry.output_shape(x.shape, weight.shape)
-    return x.new_empty((images, *size, channels), dtype=torch.float32).movedim(-1, 1)
+    return _image(x, (images, channels, *size), torch.float32)
 
 
 @torch.library.register_fake("cnmix::integer_grouped", lib=_library)
 def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[2]), dtype=torch.float32)
+
+
+def _image(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialized (N, channels, *size) that lies in memory as ``x`` does."""
+    if not kernels.has_channels_last(x):
+        return x.new_empty(shape, dtype=dtype)
+    return x.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)

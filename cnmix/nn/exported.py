@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import kernels
 from ..adaptive import OperandQuantizer
 from ..fixed_point import FixedPoint
 from .products import ConvolutionGeometry
@@ -91,7 +90,7 @@ def _image(
             x, weight, *geometry, formats_of(quantizers), left, right, *_named(quantizers)
         )
         y = (y if bias is None else y + bias.view(-1, *[1] * len(geometry.stride))).to(x.dtype)
-    return y if kernels.has_channels_last(x) else y.contiguous()
+    return y
 
 
 def multiply_batches_exported(a: Tensor, b: Tensor, quantizers: ModuleQuantizers) -> Tensor:

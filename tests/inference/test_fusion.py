@@ -226,3 +226,25 @@ def test_linear_layers_on_sequences():
     fused = inference.fuse(model, x)
     with torch.no_grad():
         assert_same(fused(x), model(x))
+
+
+class Viewed(nn.Module):
+    """Flattens as many scripts do, which wants memory in the order of the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6 * 49, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        x = F.max_pool2d(F.relu(self.norm(self.conv(x))), 2)
+        return (self.fc(x.view(x.size(0), -1)),)
+
+
+@pytest.mark.usefixtures("_plans")
+def test_a_view_of_what_a_convolution_made():
+    model = trained(Viewed)
+    x = images(3)
+    fused = inference.fuse(model, x)
+    assert len(fused.first.parts) == 1
+    with torch.no_grad():
+        assert_same(fused(x), model(x))
