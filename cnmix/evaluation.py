@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -72,6 +73,23 @@ def evaluate_checkpoints(
         FileNotFoundError: if there is no checkpoint, or the recipe's Python file is gone.
         ValueError: if a file is no checkpoint of a recipe.
     """
+    for file in find_checkpoints(path):
+        saved, recipe, model = restore(file, module)
+        _, test = load_data(recipe)
+        model.load_state_dict(saved["state_dict"], strict=True)
+        result = {"level": recipe.cnmix.opt_level, "seed": recipe.seeds[0], **saved.get("result", {})}
+        found = Evaluation(str(file), result["level"], result["seed"], *evaluate(model, test))
+        if has_integers(saved):
+            found.integer_accuracy, found.integer_loss = evaluate(_integer_model(model, saved, test), test)
+        yield found
+
+
+def find_checkpoints(path: str | os.PathLike[str]) -> list[Path]:
+    """Returns the checkpoints in a folder, or the one that this is.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     place = Path(path)
     files = [place]
     if place.is_dir():  # of a run that did not end there is only Lightning's
@@ -81,19 +99,45 @@ def evaluate_checkpoints(
         raise FileNotFoundError(
             f"there is no {MODEL_FILE} or {LAST_FILE} in {place}: {LAST_FILE} comes with an epoch's end"
         )
-    for file in files:
-        saved = read_checkpoint(file)
-        moved = {} if module is None else {"module": str(Path(module).resolve())}
-        recipe = merge_recipe(saved["recipe"], moved, where=f"the recipe in {file}", folder=file.parent)
-        _, test = load_data(recipe)
-        model = build_model(recipe)
-        check_weights_fit(model, saved["state_dict"], file)
-        model.load_state_dict(saved["state_dict"], strict=True)
-        result = {"level": recipe.cnmix.opt_level, "seed": recipe.seeds[0], **saved.get("result", {})}
-        found = Evaluation(str(file), result["level"], result["seed"], *evaluate(model, test))
-        if any(saved_model["modules"] for saved_model in saved["cnmix"]["models"]):
-            found.integer_accuracy, found.integer_loss = evaluate(inference.prepare(model, saved), test)
-        yield found
+    return files
+
+
+def restore(
+    file: Path, module: str | os.PathLike[str] | None = None
+) -> tuple[Mapping[str, Any], DictConfig, nn.Module]:
+    """Returns a checkpoint, its recipe, and the recipe's network, which its weights fit but which has not got them.
+
+    Args:
+        file: the checkpoint.
+        module: the recipe's Python file, which is run; by default where it was when training ran.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or the recipe's Python file is gone.
+        ValueError: if it is no checkpoint of a recipe, or of another network than the recipe's.
+    """
+    saved = read_checkpoint(file)
+    moved = {} if module is None else {"module": str(Path(module).resolve())}
+    recipe = merge_recipe(saved["recipe"], moved, where=f"the recipe in {file}", folder=file.parent)
+    model = build_model(recipe)
+    check_weights_fit(model, saved["state_dict"], file)
+    return saved, recipe, model
+
+
+def has_integers(saved: Mapping[str, Any]) -> bool:
+    """Says whether a checkpoint was trained in fixed point."""
+    return any(model["modules"] for model in saved["cnmix"]["models"])
+
+
+def _integer_model(model: nn.Module, saved: Mapping[str, Any], data: Dataset[Any]) -> nn.Module:
+    """Returns the integer model of a checkpoint, fused where all of it can be: the bits are the same."""
+    model = inference.load(model, saved)
+    if next(quantizer_sets(model), None) is not None:
+        return model
+    inputs, _ = next(iter(in_batches(data)))
+    try:
+        return inference.fuse(model, inputs)
+    except ValueError:
+        return model
 
 
 def operand_rows(model: nn.Module) -> Iterator[tuple[str, str, int, int | None, int, int, float]]:

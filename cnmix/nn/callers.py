@@ -77,6 +77,15 @@ def uninstall(model: nn.Module) -> None:
         set_function_products(module, None)
 
 
+def forget_callers(model: nn.Module) -> None:
+    """Stops watching the modules of a model none of which has called a function that multiplies.
+
+    If one has, all are watched: what a module within it calls is not its own.
+    """
+    if not any(quantizers.of_function for _, quantizers in quantizer_sets(model)):
+        uninstall(model)
+
+
 def forget_functions(module: nn.Module) -> None:
     """Takes the quantizers of functions that it has called away from a module."""
     products = function_products(module)

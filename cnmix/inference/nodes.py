@@ -1,0 +1,162 @@
+"""What a program becomes when its steps are joined: groups of fused steps, each for one plan, and single calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from .program import Step
+
+Layout = Literal["image", "rows"]
+"""How a tensor lies in a plan: (N, C, *spatial) with its channels side by side, or (..., C) as it is."""
+
+
+class Floats(NamedTuple):
+    """A tensor of the program as float32.
+
+    Attributes:
+        value: its name.
+    """
+
+    value: str
+
+
+class Integers(NamedTuple):
+    """A tensor of the program, quantized.
+
+    Attributes:
+        value: its name.
+        bits: width.
+        position: exponent of the step.
+        layout: how it lies.
+    """
+
+    value: str
+    bits: int
+    position: int
+    layout: Layout
+
+
+Key = Floats | Integers
+
+
+class Stage(NamedTuple):
+    """An operation on each element of a product's result, or of a tensor.
+
+    Attributes:
+        kind: what it is.
+        operand: a factor or term for each channel or for all, the other tensor, a slope, or two limits.
+    """
+
+    kind: Literal["multiply", "add", "add_value", "relu", "leaky_relu", "clamp"]
+    operand: Any = None
+
+
+@dataclass
+class Fused:
+    """A step of a plan.
+
+    Attributes:
+        kind: what it computes: a product, a chain of element-wise stages alone, or a movement of integers.
+        place: of the step in the program that it begins with.
+        layout: of its results.
+        sources: what it begins with: one tensor, or those to concatenate.
+        step: of the program; None for a quantization alone.
+        weight: int8, of a product: (O, C / groups, *kernel) or (O, K).
+        geometry: stride, padding, dilation and groups of a convolution; kernel, stride, padding, dilation of a maximum.
+        stages: of the chain.
+        places: of all its steps in the program.
+        points: after how many stages each tensor of the program is complete.
+        stored: the tensors that are wanted as floats.
+        quantized: those that are wanted as integers.
+    """
+
+    kind: Literal["product", "elements", "max_pool", "concatenate", "upsample"]
+    place: int
+    layout: Layout
+    sources: list[Key]
+    step: Step | None = None
+    weight: Tensor | None = None
+    geometry: tuple[Any, ...] = ()
+    stages: list[Stage] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    points: dict[str, int] = field(default_factory=dict)
+    stored: list[str] = field(default_factory=list)
+    quantized: list[Integers] = field(default_factory=list)
+
+    def inputs(self) -> Iterator[Key]:
+        """Yields what it takes."""
+        yield from self.sources
+        yield from (Floats(each.operand) for each in self.stages if each.kind == "add_value")
+
+    def results(self) -> Iterator[Key]:
+        """Yields what it makes."""
+        yield from (Floats(name) for name in self.stored)
+        yield from self.quantized
+
+
+@dataclass
+class Call:
+    """A step of the program that stays as it is.
+
+    Attributes:
+        place: in the program.
+        step: of the program.
+        sources: what it takes, without constants.
+    """
+
+    place: int
+    step: Step
+    sources: list[Key]
+
+    def inputs(self) -> Iterator[Key]:
+        """Yields what it takes."""
+        yield from self.sources
+
+    def results(self) -> Iterator[Key]:
+        """Yields what it makes."""
+        yield from (Floats(name) for name in self.step.outputs if name is not None)
+
+
+Node = Fused | Call
+
+
+def grouped(nodes: list[Node]) -> list[list[Fused] | Call]:
+    """Arranges nodes so that each group of fused ones is as large as it can be."""
+    made_by = {key: node for node in nodes for key in node.results()}
+    waiting = sorted(nodes, key=lambda node: (node.place, isinstance(node, Call)))
+    done: set[int] = set()
+    arranged: list[list[Fused] | Call] = []
+
+    def ready(node: Node) -> bool:
+        return all(id(made_by[key]) in done for key in node.inputs() if key in made_by)
+
+    while waiting:
+        group: list[Fused] = []
+        progress = True
+        while progress:
+            progress = False
+            for fused in [each for each in waiting if isinstance(each, Fused)]:
+                if ready(fused):
+                    group.append(fused)
+                    done.add(id(fused))
+                    waiting.remove(fused)
+                    progress = True
+        if group:
+            arranged.append(group)
+        progress = True
+        calls = 0
+        while progress:
+            progress = False
+            for call in [each for each in waiting if isinstance(each, Call)]:
+                if ready(call):
+                    arranged.append(call)
+                    done.add(id(call))
+                    waiting.remove(call)
+                    progress, calls = True, calls + 1
+        if not group and not calls:
+            raise RuntimeError("the steps of the program wait for each other")
+    return arranged
