@@ -22,7 +22,8 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
         The program, and the structure of what the model returns, as ``torch.utils._pytree`` describes it.
 
     Raises:
-        ValueError: if the model is in training, or ``torch.export`` cannot follow it.
+        ValueError: if the model is in training, ``torch.export`` cannot follow it, or it writes to its buffers or
+            inputs.
     """
     name = type(model).__name__
     if model.training:
@@ -33,6 +34,10 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
             exported = torch.export.export(model, inputs).run_decompositions({})  # functional, but whole operators
     except Exception as error:  # whatever code meets that cannot be followed
         raise ValueError(f"torch.export cannot follow {name}, so that it cannot be fused: {error}") from error
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        raise ValueError(f"{name} writes to {', '.join(written)}, so that it cannot be fused")
     return simplified(_program(exported)), exported.call_spec.out_spec
 
 
@@ -115,7 +120,9 @@ def _add_call(made: Program, node: torch.fx.Node, names: dict[torch.fx.Node, Any
         return
     if not isinstance(target, torch._ops.OpOverload):
         raise ValueError(f"the model calls {target}, which is no operator on tensors")
-    value = node.meta["val"]
+    value = node.meta.get("val")
+    if value is None:  # a check of what is known when it is fused
+        return
     several = not isinstance(value, Tensor)
     outputs: list[str | None] = [None] * len(value) if several else [node.name]
     if several:
