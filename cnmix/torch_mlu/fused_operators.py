@@ -14,8 +14,9 @@ INTEGER_PRODUCTS = frozenset({LINEAR, CONVOLUTION})
 _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"
 _PRODUCTS = f"{_CONVOLUTIONS} linear addmm matmul mm bmm baddbmm scaled_dot_product_attention"
 _OTHERS = """
-abs add celu clamp clamp_max clamp_min cos div elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log log_sigmoid
-maximum minimum mish mul neg pow prelu reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus sqrt sub tanh
+abs add celu clamp clamp_max clamp_min cos div elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log
+log_sigmoid maximum minimum mish mul neg pow prelu reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus sqrt
+sub tanh
 
 batch_norm _native_batch_norm_legit_no_training group_norm instance_norm layer_norm softmax log_softmax
 amax amin mean sum
@@ -23,8 +24,8 @@ amax amin mean sum
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
 max_pool3d constant_pad_nd pad reflection_pad2d replication_pad2d pixel_shuffle upsample_bilinear2d upsample_nearest2d
 
-_to_copy cat chunk clone dropout expand flatten permute repeat reshape select slice split split_with_sizes squeeze stack t
-transpose unbind unflatten unsqueeze view
+_to_copy cat chunk clone dropout expand flatten permute repeat reshape select slice split split_with_sizes squeeze stack
+t transpose unbind unflatten unsqueeze view
 """
 
 SUPPORTED = frozenset(f"{_PRODUCTS} {_OTHERS}".split())

@@ -105,13 +105,12 @@ class SegmentedProgram:
         """Returns the constants that are needed outside of groups: the card's own tensors, where they are those."""
         needed = {name for step in self.parts if isinstance(step, Step) for name in step.inputs()}
         known = {_place(_host(each)): each for each in originals}
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, value in self.program.constants.items():
             if name in needed or name in self.program.outputs:
                 as_number = value.dim() == 0 and name not in self.program.outputs  # the host's serve everywhere
-                found[name] = value if as_number else known.get(_place(value))
-                if found[name] is None:
-                    found[name] = self._bring(value)
+                own = value if as_number else known.get(_place(value))
+                found[name] = self._bring(value) if own is None else own
         return found
 
     def _bring(self, x: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class _Followed(nn.Module):
             outputs = [each.debugName() for each in node.outputs()]
             if kind in ("prim::Constant", "prim::GetAttr") or (outputs and outputs[0] in self._traced.known):
                 continue
-            given = [values.get(each.debugName()) for each in node.inputs()]
+            given: list[Any] = [values.get(each.debugName()) for each in node.inputs()]
             if kind == "prim::If":
                 self._branch(node, given[0], values)
             elif kind in ("prim::TupleUnpack", "prim::ListUnpack"):
@@ -204,7 +204,10 @@ class _Followed(nn.Module):
         x, _, bias, *rest = given
         if kind == _LINEAR:
             return functional.integer_linear(x, weight, bias, chosen, rest[-1])
-        return functional.integer_convolution(x, weight, bias, *rest[:-3], chosen, rest[-1])
+        mean, std, stride, padding, dilation, groups, mode, _, _, name = rest
+        return functional.integer_convolution(
+            x, weight, bias, mean, std, stride, padding, dilation, groups, mode, chosen, name
+        )
 
     def _call(self, node: Any, given: list[Any]) -> Any:
         kind = node.kind()

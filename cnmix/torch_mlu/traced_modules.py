@@ -104,8 +104,8 @@ class FusingForward:
 
 def register_traces() -> None:
     """Puts forms of ``torch.jit.trace`` and ``torch.jit.load`` in place whose modules run fused on the card."""
-    torch.jit.trace = _with_fusion(torch.jit.trace, write_requested)  # type: ignore[assignment]
-    torch.jit.load = _with_fusion(torch.jit.load)  # type: ignore[assignment]
+    torch.jit.trace = _with_fusion(torch.jit.trace, write_requested)
+    torch.jit.load = _with_fusion(torch.jit.load)
 
 
 def _with_fusion(
