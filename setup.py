@@ -27,8 +27,14 @@ class BuildNative(build_ext):
 
 
 native = "cnmix/kernels/native"
-sources = ("processor", "memory", "quantize", "layout", "digits", "panels", "product", "batch", "depthwise")
-headers = ("common", "avx512", "rounding", "windows", "panels", "product", "tiles")
+sources = (
+    *("processor", "memory", "quantize", "layout", "digits", "panels", "product", "batch", "depthwise"),
+    *("plan", "fused_product", "fused_depthwise", "fused_elements"),
+)
+headers = (
+    *("common", "avx512", "rounding", "windows", "panels", "product", "tiles", "scratch"),
+    *("plan", "chain", "fused_tiles"),
+)
 setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[

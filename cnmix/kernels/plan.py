@@ -1,143 +1,503 @@
-from typing import NamedTuple
+"""Plans: a fixed list of steps over prepared memory, which the compiled part runs in one call.
+
+A step is a product of integers or a pass over float elements, with a chain of float32 operations on every element that it
+makes, each rounded by itself, and with places where the elements go, as floats or quantized again. Between steps the
+integers stay in memory that values share as soon as they are no longer needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
+from ..fixed_point import limits, storage_dtype
+from . import native
+from .native.structures import Place, Stage, Step, Steps, Windows
+from .plan_weights import Weights, arrange, gather_columns, pack_depthwise
+from .reference import output_size
 
-def serves():
-    return False
+_ALIGNMENT = 64  # bytes; a line of the cache
+_MOST_STAGES = 32  # of plan.h
+_MOST_TAPS = 131071  # int8 products whose sum fits int32: 131072 * 2**14 is 2**31
+_STEP = {name: i for i, name in enumerate(("product", "depthwise", "elements", "max_pool", "copy", "enlarge"))}
+_ARENA = 0  # the first of the addresses that places count from
 
 
 class Value:
-    def __init__(s, shape, dtype, kind):
-        s.shape = tuple(shape)
-        s.dtype = dtype
-        s.kind = kind
-        s.t = None
+    """A tensor of a plan, in memory as rows of channels: (N, *spatial, C), whatever its shape says.
+
+    Attributes:
+        shape: (N, C, *spatial), or (rows, C).
+        dtype: float32, int8 or int16.
+        rows: N times the positions.
+        channels: C.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, base: int) -> None:
+        if len(shape) < 2 or dtype not in (torch.float32, torch.int8, torch.int16):
+            raise ValueError(
+                f"a plan has float32, int8 and int16 of two or more dimensions, not {dtype} {tuple(shape)}"
+            )
+        self.shape, self.dtype = tuple(shape), dtype
+        self.channels = shape[1]
+        self.rows = shape[0] * math.prod(shape[2:])
+        self.base, self.offset = base, 0
+        self.written: int | None = None  # the first step that writes it
+        self.read: int | None = None  # the last one that reads it
+        self.planes = True  # whether it may lie channel by channel: nothing reads it but steps on elements
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory."""
+        return self.rows * self.channels * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"Value({self.shape}, {self.dtype})"
 
 
 class Multiply(NamedTuple):
-    factors: object
+    """Multiplies by one number, or by those of the channels, float32 (C,)."""
+
+    factors: Tensor | float
 
 
 class Add(NamedTuple):
-    terms: object
+    """Adds a term to each channel, float32 (C,)."""
+
+    terms: Tensor
 
 
 class AddValue(NamedTuple):
-    value: object
+    """Adds a float32 value of the same rows and channels."""
+
+    value: Value
 
 
 class Relu(NamedTuple):
-    pass
+    """The larger of zero and x; NaN stays."""
 
 
 class LeakyRelu(NamedTuple):
+    """X where it is positive, else x times the slope."""
+
     slope: float
 
 
 class Clamp(NamedTuple):
+    """Limits x to [low, high]; NaN stays."""
+
     low: float
     high: float
 
 
 class Store(NamedTuple):
-    value: object
+    """Writes float32 elements."""
+
+    value: Value
 
 
 class Quantize(NamedTuple):
-    value: object
+    """Writes the integers nearest to x * 2**-position, ties to even, saturated: int8 or int16, by ``bits``."""
+
+    value: Value
     bits: int
     position: int
 
 
+Operation: TypeAlias = Multiply | Add | AddValue | Relu | LeakyRelu | Clamp | Store | Quantize
+
+
+def serves() -> bool:
+    """Whether plans run here: the compiled part is built, and the processor multiplies int8 vectors."""
+    library = native.library()
+    return library is not None and library.cnmix_isa(-1) >= 3
+
+
 class Plan:
-    def __init__(s):
-        s.steps = []
-        s.ins = []
-        s.outs = []
-        s.finite = True
+    """Collects steps in the order in which they run, then runs them.
 
-    def input(s, shape, dtype):
-        v = Value(shape, dtype, "in")
-        s.ins.append(v)
-        return v
+    First make values and steps, then call ``finish``, then ``run`` as often as wanted, from any thread.
+    """
 
-    def output(s, shape, dtype):
-        v = Value(shape, dtype, "out")
-        s.outs.append(v)
-        return v
+    def __init__(self) -> None:
+        self._inputs: list[Value] = []
+        self._outputs: list[Value] = []
+        self._inner: list[Value] = []
+        self._places: list[tuple[Place, Value, int]] = []  # to be filled in when memory is laid out
+        self._steps: list[Step] = []
+        self._kept: list[object] = []  # what pointers of steps point to
+        self._weights: list[tuple[Step, Weights]] = []
+        self._lock = threading.Lock()
+        self._arena: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._array: Steps | None = None
+        self.arena_bytes = 0
 
-    def value(s, shape, dtype):
-        return Value(shape, dtype, "mid")
+    def input(self, shape: Sequence[int], dtype: torch.dtype) -> Value:
+        """Declares a tensor that is given at each run."""
+        value = Value(shape, dtype, 1 + len(self._inputs) + len(self._outputs))
+        value.written = -1
+        self._inputs.append(value)
+        return value
 
-    def finish(s):
-        pass
+    def output(self, shape: Sequence[int], dtype: torch.dtype) -> Value:
+        """Declares a tensor whose memory is given at each run."""
+        value = Value(shape, dtype, 1 + len(self._inputs) + len(self._outputs))
+        self._outputs.append(value)
+        return value
 
-    def chain(s, y, chain):
-        ch = lambda t: t if not isinstance(t, torch.Tensor) else t.view(-1, *[1] * (y.dim() - 2))
-        for st in chain:
-            if isinstance(st, Multiply):
-                y = y * ch(st.factors)
-            elif isinstance(st, Add):
-                y = y + ch(st.terms)
-            elif isinstance(st, AddValue):
-                y = y + st.value.t
-            elif isinstance(st, Relu):
-                y = y.relu()
-            elif isinstance(st, LeakyRelu):
-                y = F.leaky_relu(y, st.slope)
-            elif isinstance(st, Clamp):
-                y = y.clamp(st.low, st.high)
-            elif isinstance(st, Store):
-                assert st.value.shape == tuple(y.shape), (st.value.shape, y.shape)
-                st.value.t = y
-            else:
-                if not y.isfinite().all():
-                    s.finite = False
-                assert st.value.shape == tuple(y.shape)
-                st.value.t = (y.double() * 2.0**-st.position).round().clamp(-128, 127).to(torch.int8)
+    def value(self, shape: Sequence[int], dtype: torch.dtype) -> Value:
+        """Declares a tensor between steps."""
+        value = Value(shape, dtype, _ARENA)
+        self._inner.append(value)
+        return value
 
-    def product(s, source, weight, chain, *, stride, padding, dilation, groups=1):
-        def f():
-            if weight.dim() == 2:
-                y = source.t.double() @ weight.double().t()
-            else:
-                y = F.conv2d(source.t.double(), weight.double(), None, stride, padding, dilation, groups)
-            if len(chain) and isinstance(chain[-1], (Store, Quantize)) and chain[-1].value.shape != tuple(y.shape):
-                y = y.flatten(1)
-            s.chain(y.float(), chain)
+    def product(
+        self,
+        source: Value,
+        weight: Tensor,
+        chain: Sequence[Operation],
+        *,
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (),
+        dilation: Sequence[int] = (),
+        groups: int = 1,
+    ) -> None:
+        """Correlates an int8 image with a kernel, or multiplies rows by a matrix; sums are rounded to float32 once.
 
-        s.steps.append(f)
+        Args:
+            source: int8 (N, C, *spatial) with up to three spatial dimensions; for a matrix, any rows of K channels.
+            weight: int8 (O, C / groups, *kernel), or a matrix (O, K).
+            chain: what becomes of the sums.
+            stride: one number per spatial dimension, as the next two; not for a matrix.
+            padding: zeros around the image.
+            dilation: distance between taps.
+            groups: groups of channels.
 
-    def elements(s, source, chain):
-        s.steps.append(lambda: s.chain(source.t, chain))
+        Raises:
+            ValueError: Shapes or types do not fit, or K is so long that sums could leave int32.
+        """
+        matrix = weight.dim() == 2
+        spatial = (1,) * (0 if matrix else weight.dim() - 2)
+        stride, dilation, padding = stride or spatial, dilation or spatial, padding or (0,) * len(spatial)
+        outputs, run, *kernel = weight.shape
+        if weight.dtype != torch.int8 or source.dtype != torch.int8:
+            raise ValueError(f"a plan multiplies int8, not {source.dtype} by {weight.dtype}")
+        if run * groups != source.channels or outputs % groups or (not matrix and weight.dim() != len(source.shape)):
+            raise ValueError(f"a weight {tuple(weight.shape)} in {groups} groups does not fit {source}")
+        if not all(len(numbers) == len(kernel) for numbers in (stride, padding, dilation)) or len(kernel) > 3:
+            raise ValueError(f"stride, padding and dilation need a number for each of at most 3 dimensions of {kernel}")
+        if run * math.prod(kernel) > _MOST_TAPS:
+            raise ValueError(
+                f"K of {run * math.prod(kernel)} is more than {_MOST_TAPS}: int8 sums could leave int32; run this "
+                "product outside of a plan"
+            )
+        size = [] if matrix else list(source.shape[2:])
+        output = output_size(size, kernel, stride, padding, dilation)
+        images = source.rows if matrix else source.shape[0]
+        geometry = native.WindowGeometry(output, kernel, stride, dilation, padding, (1,) * len(kernel))
+        windows = _windows(images, size, geometry, run, source.channels)
+        rows = images * math.prod(output)
+        depthwise = groups > 1 and groups == source.channels == outputs
+        step = Step(_STEP["depthwise" if depthwise else "product"])
+        step.rows, step.channels, step.bytes, step.groups, step.windows = rows, outputs, 1, groups, windows
+        if depthwise:
+            weights = pack_depthwise(weight)
+        else:
+            step.arrangement = arrange(windows, groups)
+            weights = gather_columns(weight, step.arrangement, windows, groups)
+        step.tiles = weights.tiles
+        self._weights.append((step, weights))
+        self._add(step, source, None, chain)
 
-    def max_pool(s, source, target, k, st, p, d):
-        def f():
-            target.t = F.max_pool2d(source.t.float(), k, st, p, d, ceil_mode=False).to(source.dtype)
-            assert tuple(target.t.shape) == target.shape
+    def elements(self, source: Value, chain: Sequence[Operation]) -> None:
+        """Applies a chain to the elements of a float32 value."""
+        if source.dtype != torch.float32:
+            raise ValueError(f"a chain takes float32 elements, not {source}")
+        step = Step(_STEP["elements"])
+        step.rows, step.channels, step.bytes = source.rows, source.channels, 4
+        step.windows.images = source.shape[0]
+        self._add(step, source, None, chain)
 
-        s.steps.append(f)
+    def max_pool(
+        self,
+        source: Value,
+        target: Value,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> None:
+        """Takes the largest element of each window; what lies outside the image is smaller than any.
 
-    def concatenate(s, sources, target):
-        def f():
-            target.t = torch.cat([v.t for v in sources], 1)
+        Args:
+            source: (N, C, *spatial).
+            target: (N, C, *positions) of the same type; its size decides how many windows there are.
+            kernel: one number per spatial dimension, as the next three.
+            stride: distance between windows.
+            padding: how far the first window reaches out of the image.
+            dilation: distance between the elements of a window.
+        """
+        dims = len(source.shape) - 2
+        if (
+            source.dtype != target.dtype
+            or source.shape[:2] != target.shape[:2]
+            or not 1 <= dims <= 3
+            or not all(len(numbers) == dims for numbers in (target.shape[2:], kernel, stride, padding, dilation))
+        ):
+            raise ValueError(f"a pool of {tuple(kernel)} does not make {target} of {source}")
+        geometry = native.WindowGeometry(target.shape[2:], kernel, stride, dilation, padding, (1,) * dims)
+        step = Step(_STEP["max_pool"])
+        step.rows, step.channels, step.bytes = target.rows, target.channels, source.dtype.itemsize
+        step.windows = _windows(source.shape[0], source.shape[2:], geometry, source.channels, source.channels)
+        self._add(step, source, target, ())
 
-        s.steps.append(f)
+    def concatenate(self, sources: Sequence[Value], target: Value) -> None:
+        """Puts the channels of values of equal rows side by side."""
+        if any(s.dtype != target.dtype or s.rows != target.rows for s in sources) or (
+            sum(s.channels for s in sources) != target.channels
+        ):
+            raise ValueError(f"{', '.join(map(str, sources))} side by side are not {target}")
+        first = 0
+        for source in sources:
+            step = Step(_STEP["copy"])
+            step.rows, step.channels = target.rows, source.channels
+            step.windows.run = step.source_stride = source.channels * source.dtype.itemsize
+            step.target_stride = target.channels * target.dtype.itemsize
+            self._add(step, source, target, (), first * target.dtype.itemsize, again=first > 0)
+            first += source.channels
 
-    def upsample_nearest(s, source, target):
-        def f():
-            target.t = F.interpolate(source.t.float(), size=target.shape[2:], mode="nearest").to(source.dtype)
+    def upsample_nearest(self, source: Value, target: Value) -> None:
+        """Repeats each pixel a whole number of times in each dimension."""
+        size, output = source.shape[2:], target.shape[2:]
+        if (
+            source.dtype != target.dtype
+            or source.shape[:2] != target.shape[:2]
+            or not 1 <= len(size) == len(output) <= 3
+            or any(n == 0 or m % n for n, m in zip(size, output, strict=True))
+        ):
+            raise ValueError(f"{target} is not {source} with each pixel repeated")
+        ones = (1,) * len(size)
+        step = Step(_STEP["enlarge"])
+        step.rows, step.channels = target.rows, target.channels
+        run = source.channels * source.dtype.itemsize
+        geometry = native.WindowGeometry(output, ones, ones, ones, (0,) * len(size), ones)
+        step.windows = _windows(source.shape[0], size, geometry, run, run)
+        self._add(step, source, target, ())
 
-        s.steps.append(f)
+    def finish(self) -> None:
+        """Lays out memory and packs weights; no step can be added any more."""
+        library = native.library()
+        if library is None or not serves():
+            raise RuntimeError("plans need the compiled part and a processor with AVX-512 VNNI")
+        for value in self._outputs:
+            if value.written is None:
+                raise ValueError(f"no step writes the output {value}")
+        self.arena_bytes = _lay_out(self._inner, len(self._steps))
+        self._arena = native.empty((max(1, self.arena_bytes),), torch.int8)
+        for place, value, more in self._places:
+            place.base, place.offset = value.base, value.offset + more
+        sizes = [_aligned(weights.bytes) for _, weights in self._weights]
+        self._packed = native.empty((max(1, sum(sizes)),), torch.int8)
+        at = self._packed.data_ptr()
+        for (step, weights), size in zip(self._weights, sizes, strict=True):
+            step.weights, step.corrections = at, weights.corrections.data_ptr()
+            self._kept.append(weights.corrections)
+            weights.pack(library, at)
+            at += size
+        array = (Step * len(self._steps))(*self._steps)
+        self._array = Steps(array, len(self._steps))
+        self._kept.append(array)
+        self._weights, self._places = [], []
 
-    def run(s, inputs, outputs):
-        s.finite = True
-        for v, t in zip(s.ins, inputs):
-            v.t = t.reshape(v.shape)
-        for f in s.steps:
-            f()
-        for v, t in zip(s.outs, outputs):
-            t.copy_(v.t.reshape(t.shape))
-        return s.finite
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+        """Runs the steps.
+
+        Args:
+            inputs: tensors of the inputs' shapes and types, in the order of their declaration; anything that is not
+                channels last is copied first, unless only steps on elements read it.
+            outputs: memory for the outputs, channels last.
+
+        Returns:
+            False where a quantized element was NaN or infinite: then the outputs hold nothing of use.
+
+        Raises:
+            ValueError: A tensor has another shape, type or layout.
+            MemoryError: There was no memory for a thread's rows.
+        """
+        seconds = None
+        return self._run(inputs, outputs, seconds)
+
+    def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[float]:
+        """Runs the steps and returns the seconds that each one took."""
+        seconds = (ctypes.c_double * len(self._steps))()
+        self._run(inputs, outputs, seconds)
+        return list(seconds)
+
+    def _run(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], seconds: ctypes.Array[ctypes.c_double] | None
+    ) -> bool:
+        library = native.library()
+        if self._array is None or self._arena is None or library is None:
+            raise ValueError("finish the plan before it runs")
+        if len(inputs) != len(self._inputs) or len(outputs) != len(self._outputs):
+            raise ValueError(f"the plan takes {len(self._inputs)} inputs and {len(self._outputs)} outputs")
+        count = 1 + len(inputs) + len(outputs)
+        bases, planes = (ctypes.c_void_p * count)(self._arena.data_ptr()), (ctypes.c_int64 * count)()
+        kept = []
+        for tensor, value in zip(inputs, self._inputs, strict=True):
+            _check(tensor, value)
+            if not _channels_last(tensor):
+                if value.planes and tensor.is_contiguous():
+                    planes[value.base] = 1
+                else:
+                    tensor = tensor.movedim(1, -1).contiguous()
+            kept.append(tensor)
+            bases[value.base] = tensor.data_ptr()
+        for tensor, value in zip(outputs, self._outputs, strict=True):
+            _check(tensor, value)
+            if not _channels_last(tensor):
+                raise ValueError(
+                    f"the memory of the output {value} must be channels last, not of strides {tensor.stride()}"
+                )
+            bases[value.base] = tensor.data_ptr()
+        with self._lock:
+            outcome = library.cnmix_run_plan(ctypes.byref(self._array), bases, planes, seconds)
+        if outcome == 2:
+            raise MemoryError("no memory for the rows that a thread of a plan prepares")
+        return outcome == 0
+
+    def _add(
+        self,
+        step: Step,
+        source: Value,
+        target: Value | None,
+        chain: Sequence[Operation],
+        more: int = 0,
+        again: bool = False,
+    ) -> None:
+        if self._array is not None:
+            raise ValueError("the plan is finished")
+        index = len(self._steps)
+        self._read(source, index)
+        if step.kind != _STEP["elements"]:
+            source.planes = False
+        self._places.append((step.source, source, 0))
+        step.target.base = -1
+        if target is not None:
+            self._write(target, index, again)
+            self._places.append((step.target, target, more))
+        if len(chain) > _MOST_STAGES:
+            raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
+        stages = (Stage * len(chain))(*(self._stage(stage, step.rows, step.channels, index) for stage in chain))
+        for stage, made in zip(chain, stages, strict=True):
+            if isinstance(stage, (AddValue, Store, Quantize)):
+                self._places.append((made.place, stage.value, 0))
+        self._kept.append(stages)
+        step.stages, step.stage_count = stages, len(chain)
+        self._steps.append(step)
+
+    def _stage(self, stage: Operation, rows: int, channels: int, index: int) -> Stage:
+        if isinstance(stage, (Multiply, Add)):
+            values = stage[0]
+            if not isinstance(values, Tensor):
+                return Stage(1, None, values)
+            if values.dtype != torch.float32 or tuple(values.shape) != (channels,):
+                raise ValueError(
+                    f"constants of {channels} channels are float32 ({channels},), not {tuple(values.shape)}"
+                )
+            # Registers of sixteen are read at once.
+            padded = torch.cat((values.detach(), values.new_zeros(16)))
+            self._kept.append(padded)
+            return Stage(0 if isinstance(stage, Multiply) else 2, padded.data_ptr())
+        if isinstance(stage, Relu):
+            return Stage(4)
+        if isinstance(stage, LeakyRelu):
+            return Stage(5, None, stage.slope)
+        if isinstance(stage, Clamp):
+            return Stage(6, None, stage.low, stage.high)
+        value = stage.value
+        dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
+        if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
+            raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
+        made = Stage(3)
+        if isinstance(stage, AddValue):
+            self._read(value, index)
+            value.planes = False
+        else:
+            self._write(value, index)
+            made.kind = 7
+        if isinstance(stage, Quantize):
+            made.kind = {8: 8, 16: 9}[stage.bits]
+            made.number, made.other = _scale(-stage.position)
+        made.stride = channels
+        return made
+
+    def _read(self, value: Value, index: int) -> None:
+        if value.written is None or value.written == index:
+            raise ValueError(f"no step before this one writes {value}")
+        value.read = index
+
+    def _write(self, value: Value, index: int, again: bool = False) -> None:
+        if value.written is not None and not again:
+            raise ValueError(f"{value} is written already")
+        value.written = index if value.written is None else value.written
+        value.read = index if value.read is None else max(index, value.read)
+
+
+def _scale(exponent: int) -> tuple[float, float]:
+    """Returns a power of two as two float32 factors; the second is 1 where one is enough."""
+    if -126 <= exponent <= 127:
+        return math.ldexp(1.0, exponent), 1.0
+    return math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+
+
+def _windows(images: int, size: Sequence[int], geometry: native.WindowGeometry, run: int, pixel: int) -> Windows:
+    windows = Windows(images, run, pixel)
+    missing = 3 - len(size)
+    for name, values, neutral in (("size", size, 1), ("before", geometry.before, 0), ("output", geometry.size, 1)):
+        getattr(windows, name)[:] = [neutral] * missing + list(values)
+    for name in ("kernel", "stride", "dilation", "step"):
+        getattr(windows, name)[:] = [1] * missing + list(getattr(geometry, name))
+    return windows
+
+
+def _check(tensor: Tensor, value: Value) -> None:
+    if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype or tensor.device.type != "cpu":
+        raise ValueError(f"the plan takes {value}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _lay_out(values: Sequence[Value], steps: int) -> int:
+    """Places values so that those which are needed at the same time do not overlap; returns the bytes of all.
+
+    The largest first, each at the lowest place that is free for its time.
+    """
+    placed: list[Value] = []
+    end = 0
+    for value in sorted(values, key=lambda value: -value.bytes):
+        if value.written is None or value.read is None:
+            continue
+        at = 0
+        for other in sorted(placed, key=lambda other: other.offset):
+            together = value.written <= (other.read or 0) and (other.written or 0) <= value.read
+            if together and at + value.bytes > other.offset and at < other.offset + other.bytes:
+                at = _aligned(other.offset + other.bytes)
+        value.offset = at
+        placed.append(value)
+        end = max(end, at + value.bytes)
+    return _aligned(end)

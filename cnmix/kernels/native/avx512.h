@@ -7,6 +7,10 @@
 
 namespace cnmix {
 
+CNMIX_AVX512 inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << count) - 1);
+}
+
 // Transposes sixteen registers of sixteen 32-bit elements.
 CNMIX_AVX512 inline void transpose_registers(__m512i* r) {
   __m512i t[16];

@@ -21,6 +21,8 @@ constexpr int64_t kTileRows = 16;    // rows of a tile
 constexpr int64_t kTileDepth = 64;   // of K
 constexpr int64_t kTileBytes = 1024;
 
+inline int64_t panels_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
 // A panel is sixteen rows of one operand, digit by digit: for each digit, tiles along K. Two arrangements of a tile:
 // `ROWS`, sixteen rows of 64 bytes along K; `QUADS`, sixteen lines, each four k of all sixteen rows.
 enum Arrangement { ROWS, QUADS };

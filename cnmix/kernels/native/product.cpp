@@ -10,6 +10,7 @@
 
 #include "avx512.h"
 #include "product.h"
+#include "scratch.h"
 #include "tiles.h"
 
 namespace cnmix {
@@ -25,35 +26,7 @@ constexpr int64_t kLongestInt32 = 131071;    // of K: 131072 * 2**14 is 2**31
 constexpr int64_t kMostKept = 64 << 20;      // bytes of sums that a thread keeps
 constexpr int kMostWeights = 7;
 
-// Memory that a thread keeps from call to call: fresh memory would fault page by page each time.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  // Null where there is none.
-  uint8_t* get(int64_t bytes) {
-    if (bytes > size_) {
-      release();
-      const int64_t whole = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(whole)));
-      size_ = data_ ? whole : 0;
-    }
-    return data_;
-  }
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  uint8_t* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
 thread_local Scratch left_memory, right_memory, sums_memory;
-
-int64_t panels_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // What one piece of K and of b's rows has in common.
 struct Piece {
@@ -68,10 +41,6 @@ struct Piece {
   uint8_t* partial;
   int64_t partial_bytes;    // of one element; 0 without
 };
-
-CNMIX_AVX512 inline __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << count) - 1);
-}
 
 // To bfloat16 as torch rounds it, to nearest, ties to even; every NaN to the same one.
 CNMIX_AVX512 inline __m256i to_bfloat16(__m512 x) {

@@ -98,3 +98,54 @@ class Combine(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("bias", "out", "total")),
     ]
+
+
+class Place(ctypes.Structure):
+    """Where a value of a plan lies; see plan.h."""
+
+    _fields_ = [("base", ctypes.c_int64), ("offset", ctypes.c_int64)]
+
+
+class Stage(ctypes.Structure):
+    """One operation on every element of a step; see plan.h."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("number", ctypes.c_float),
+        ("other", ctypes.c_float),
+        ("place", Place),
+        ("stride", ctypes.c_int64),
+    ]
+
+
+class Layout(ctypes.Structure):
+    """How a step is cut into tasks; see plan.h. The compiled part fills it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("threads", "panels", "shares", "row_tasks", "rows_each")),
+        *((name, ctypes.c_int64) for name in ("tasks_of_image", "width", "pitch", "lines_together")),
+    ]
+
+
+class Step(ctypes.Structure):
+    """A step of a plan; see plan.h."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        ("source", Place),
+        ("target", Place),
+        ("windows", Windows),
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "bytes", "groups", "arrangement", "tiles")),
+        ("weights", ctypes.c_void_p),
+        ("corrections", ctypes.c_void_p),
+        ("stages", ctypes.POINTER(Stage)),
+        *((name, ctypes.c_int64) for name in ("stage_count", "source_stride", "target_stride")),
+        ("layout", Layout),
+    ]
+
+
+class Steps(ctypes.Structure):
+    """The steps of a plan; see plan.h."""
+
+    _fields_ = [("steps", ctypes.POINTER(Step)), ("count", ctypes.c_int64)]

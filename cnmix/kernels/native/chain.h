@@ -1,0 +1,149 @@
+// The float operations between the sums of a product and the values that it leaves, on sixteen rows of sixteen channels.
+#pragma once
+
+#include "avx512.h"
+#include "plan.h"
+
+#if defined(CNMIX_X86)
+
+namespace cnmix {
+
+// Sixteen rows of sums and where they belong: those that are in the output follow each other there.
+struct PanelRows {
+  int64_t row;            // of the output, where the first goes
+  int64_t count;
+  uint8_t from[kTileRows];  // the sums' row of each; those beyond `count` repeat one
+};
+
+inline PanelRows whole_panel(int64_t row, int64_t count) {
+  PanelRows rows{row, std::min<int64_t>(kTileRows, count), {}};
+  for (int64_t i = 0; i < kTileRows; ++i) rows.from[i] = static_cast<uint8_t>(std::min(i, rows.count - 1));
+  return rows;
+}
+
+CNMIX_AVX512 inline void quantize_row(int8_t* out, __m512i q) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(q));
+}
+CNMIX_AVX512 inline void quantize_row(int16_t* out, __m512i q) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtsepi32_epi16(q));
+}
+CNMIX_AVX512 inline void quantize_part(int8_t* out, __mmask16 lanes, __m512i q) {
+  _mm_mask_storeu_epi8(out, lanes, _mm512_cvtsepi32_epi8(q));
+}
+CNMIX_AVX512 inline void quantize_part(int16_t* out, __mmask16 lanes, __m512i q) {
+  _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtsepi32_epi16(q));
+}
+
+// `full`: sixteen rows of sixteen channels.
+template <bool full, typename Out>
+CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_stage(const Stage& s, const __m512* v, int64_t row,
+                                                                       int64_t count, int64_t channel, __mmask16 lanes,
+                                                                       float* bad) {
+  Out* to = reinterpret_cast<Out*>(s.memory) + row * s.stride + channel;
+  const __m512 scale = _mm512_set1_ps(s.number), rest = _mm512_set1_ps(s.other), zero = _mm512_setzero_ps();
+  const __m512 high = _mm512_set1_ps(sizeof(Out) == 1 ? 127.0f : 32767.0f);
+  const bool two = s.other != 1.0f;
+  __m512 notes[4] = {_mm512_load_ps(bad), zero, zero, zero};
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    // Zero times a number is zero, and NaN where it is none.
+    notes[i % 4] = full ? _mm512_fmadd_ps(v[i], zero, notes[i % 4])
+                        : _mm512_mask3_fmadd_ps(v[i], zero, notes[i % 4], i < count ? lanes : __mmask16{0});
+    __m512 scaled = _mm512_mul_ps(v[i], scale);
+    if (two) scaled = _mm512_mul_ps(scaled, rest);
+    // Far below, the conversion's smallest integer is what saturates as it should; far above it has no other.
+    const __m512i q =
+        _mm512_cvt_roundps_epi32(_mm512_min_ps(scaled, high), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    if (full)
+      quantize_row(to + i * s.stride, q);
+    else if (i < count)
+      quantize_part(to + i * s.stride, lanes, q);
+  }
+  _mm512_store_ps(bad, _mm512_add_ps(_mm512_add_ps(notes[0], notes[1]), _mm512_add_ps(notes[2], notes[3])));
+}
+
+// Applies the stages to rows from `row` on, at `channel`.
+template <bool full>
+CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain& chain, __m512* v, int64_t row,
+                                                                    int64_t count, int64_t channel, __mmask16 lanes,
+                                                                    float* bad) {
+  const __m512 zero = _mm512_setzero_ps();
+  for (const Stage *stage = chain.stages, *end = stage + chain.count; stage != end; ++stage) {
+    const Stage& s = *stage;
+    switch (s.kind) {
+      case MULTIPLY:
+      case MULTIPLY_NUMBER: {
+        const __m512 by = s.kind == MULTIPLY ? _mm512_loadu_ps(s.values + channel) : _mm512_set1_ps(s.number);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_mul_ps(v[i], by);
+        break;
+      }
+      case ADD: {
+        const __m512 term = _mm512_loadu_ps(s.values + channel);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_add_ps(v[i], term);
+        break;
+      }
+      case ADD_VALUE: {
+        const float* from = reinterpret_cast<const float*>(s.memory) + row * s.stride + channel;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          v[i] = _mm512_add_ps(v[i], full ? _mm512_loadu_ps(from + i * s.stride)
+                                          : _mm512_maskz_loadu_ps(i < count ? lanes : __mmask16{0}, from + i * s.stride));
+        break;
+      }
+      case RELU:  // the second operand is what comes out where one is NaN, as in torch
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_max_ps(zero, v[i]);
+        break;
+      case LEAKY_RELU: {
+        const __m512 slope = _mm512_set1_ps(s.number);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          v[i] = _mm512_mask_mov_ps(_mm512_mul_ps(v[i], slope), _mm512_cmp_ps_mask(v[i], zero, _CMP_GT_OQ), v[i]);
+        break;
+      }
+      case CLAMP: {
+        const __m512 low = _mm512_set1_ps(s.number), high = _mm512_set1_ps(s.other);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_min_ps(high, _mm512_max_ps(low, v[i]));
+        break;
+      }
+      case STORE: {
+        float* to = reinterpret_cast<float*>(s.memory) + row * s.stride + channel;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          if (full)
+            _mm512_storeu_ps(to + i * s.stride, v[i]);
+          else if (i < count)
+            _mm512_mask_storeu_ps(to + i * s.stride, lanes, v[i]);
+        }
+        break;
+      }
+      case QUANTIZE_BYTES:
+        quantize_stage<full, int8_t>(s, v, row, count, channel, lanes, bad);
+        break;
+      default:
+        quantize_stage<full, int16_t>(s, v, row, count, channel, lanes, bad);
+    }
+  }
+}
+
+// Rounds sums, rows of `stride`, of up to sixteen channels, and applies the stages.
+CNMIX_AVX512 __attribute__((noinline)) inline void finish_sums(const Chain& chain, const int32_t* sums, int64_t stride,
+                                                               const PanelRows& rows, int64_t channel, int64_t width,
+                                                               float* bad) {
+  __m512 v[16];
+  if (rows.count == kTileRows && width >= kTileRows) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + i * stride));
+    return apply_chain<true>(chain, v, rows.row, kTileRows, channel, 0xffff, bad);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + rows.from[i] * stride));
+  apply_chain<false>(chain, v, rows.row, rows.count, channel, first_lanes(width), bad);
+}
+
+}  // namespace cnmix
+
+#endif
