@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..fixed_point import FixedPoint
 from ..inference.lowering import export
 from ..inference.program import Program, Ref, Step
 from ..nn.card_tensors import host_by_default, to_host
@@ -121,6 +122,14 @@ class _Number:
     value: Tensor
 
 
+class _Product(NamedTuple):
+    """A quantized product: the buffer of its weight's integers, whether they are finite, and its formats."""
+
+    buffer: str
+    finite: bool
+    formats: functional.Formats
+
+
 class _Followed(nn.Module):
     """Calls the operators of a graph, one after the other.
 
@@ -138,7 +147,7 @@ class _Followed(nn.Module):
                 raise ValueError(f"it has a constant of {each.device}")
             self._buffer_of[name] = f"t{len(self._buffer_of)}"
             self.register_buffer(self._buffer_of[name], to_host(each.detach()))
-        self._formats: dict[str, functional.Formats] = {}
+        self._products: dict[str, _Product] = {}
         for node in _all_nodes(traced.graph):
             if node.kind() in (_LINEAR, _CONVOLUTION):
                 self._quantize(node)
@@ -162,14 +171,11 @@ class _Followed(nn.Module):
         if names[1] not in self._buffer_of:
             raise ValueError(f"{node.kind()} has a weight that is computed")
         weight = functional.quantize_weight(getattr(self, self._buffer_of[names[1]]), chosen)
-        key = node.output().debugName()
-        buffer = f"q{len(self._formats)}"
+        buffer = f"q{len(self._products)}"
         self.register_buffer(buffer, weight.values)
         if chosen.fine is not None:
             self.register_buffer(f"{buffer}_fine", chosen.fine)
-        self._formats[key] = chosen
-        self._buffer_of[key] = buffer
-        self._weights = {**getattr(self, "_weights", {}), key: weight._replace(values=torch.empty(0))}
+        self._products[node.output().debugName()] = _Product(buffer, weight.finite, chosen)
 
     def _run(self, nodes: Iterable[Any], values: dict[str, Any]) -> None:
         for node in nodes:
@@ -197,10 +203,9 @@ class _Followed(nn.Module):
             values[name.debugName()] = values[each.debugName()]
 
     def _multiply(self, kind: str, key: str, given: list[Any]) -> Tensor:
-        buffer, chosen = f"q{list(self._formats).index(key)}", self._formats[key]
-        weight = self._weights[key]._replace(values=getattr(self, buffer))
-        if chosen.fine is not None:
-            chosen = chosen._replace(fine=getattr(self, f"{buffer}_fine"))
+        buffer, finite, chosen = self._products[key]
+        weight = FixedPoint(getattr(self, buffer), chosen.weight_bits, chosen.weight_position, finite)
+        chosen = chosen._replace(fine=getattr(self, f"{buffer}_fine", None))
         x, _, bias, *rest = given
         if kind == _LINEAR:
             return functional.integer_linear(x, weight, bias, chosen, rest[-1])
