@@ -30,17 +30,42 @@ def multiply_rows(x: FixedPoint, weight: FixedPoint, bias: Tensor | None, exact:
 
 
 def convolve(
-    x: FixedPoint, weight: FixedPoint, bias: Tensor | None, geometry: ConvolutionGeometry, exact: bool, name: str
+    x: FixedPoint,
+    weight: FixedPoint,
+    bias: Tensor | None,
+    geometry: ConvolutionGeometry,
+    exact: bool,
+    name: str,
+    channels_last: bool = True,
 ) -> Tensor:
-    """Convolves integers (N, C, *spatial), transposed or not; float32 (N, O, *output), channels side by side."""
+    """Convolves integers (N, C, *spatial), transposed or not; float32 (N, O, *output), by default channels last."""
     stride, padding, dilation, groups, transposed, _ = geometry
     if not transposed:
         return kernels.convolution(
-            x, weight, stride, padding, dilation, groups, bias=bias, channels_last=True, exact_int31=exact, name=name
+            x,
+            weight,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=bias,
+            channels_last=channels_last,
+            exact_int31=exact,
+            name=name,
         )
     size = geometry.output_shape(x.values.shape, weight.values.shape)
     return kernels.convolution_grad_input(
-        x, weight, size, stride, padding, dilation, groups, bias=bias, channels_last=True, exact_int31=exact, name=name
+        x,
+        weight,
+        size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias=bias,
+        channels_last=channels_last,
+        exact_int31=exact,
+        name=name,
     )
 
 
@@ -68,12 +93,13 @@ def _convolution(
     rounding: str,
     exact: bool,
     name: str,
+    channels_last: bool = True,
 ) -> Tensor:
     given, x, weight, bias = x, to_host(x), to_host(weight), to_host(bias)
     bits, position, weight_bits, weight_position = formats
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     qw = FixedPoint(weight, weight_bits, weight_position)
-    y = convolve(quantize(x, bits, position, rounding), qw, bias, geometry, exact, name)
+    y = convolve(quantize(x, bits, position, rounding), qw, bias, geometry, exact, name, channels_last)
     return to_device_of(given, (y.to(x.dtype),))[0]
 
 
@@ -95,7 +121,8 @@ _library = torch.library.Library("cnmix", "FRAGMENT")  # kept: with it the opera
 _library.define(f"integer_linear(Tensor x, Tensor weight, Tensor? bias, {_FORMATS}) -> Tensor")
 _library.define(
     "integer_convolution(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
-    f"int groups, bool transposed, int[] output_padding, {_FORMATS}) -> Tensor"
+    f"int groups, bool transposed, int[] output_padding, {_FORMATS}, "
+    "bool channels_last=True) -> Tensor"
 )
 for _device in ("CPU", "PrivateUse1"):
     _library.impl("integer_linear", _linear, _device)
@@ -118,8 +145,14 @@ def _(
     groups: int,
     transposed: bool,
     output_padding: list[int],
-    *_: object,
+    formats: list[int],
+    rounding: str,
+    exact: bool,
+    name: str,
+    channels_last: bool = True,
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     images, channels, *size = geometry.output_shape(x.shape, weight.shape)
+    if not channels_last:
+        return x.new_empty((images, channels, *size))
     return x.new_empty((images, *size, channels)).movedim(-1, 1)

@@ -46,6 +46,9 @@ class TracedGraph:
         nodes: of the graph, with those of its blocks in place.
         tensors: parameters, buffers and constants as they are now, by the names of their values in the graph.
         known: other values that are no matter of the inputs, likewise.
+
+    Raises:
+        ValueError: if it has loops.
     """
 
     def __init__(self, module: Any) -> None:
@@ -57,6 +60,8 @@ class TracedGraph:
         self._places: list[tuple[Any, str, Tensor]] = []
         modules = {next(graph.inputs()).debugName(): module}
         for node in _all_nodes(graph):
+            if node.kind() == "prim::Loop":
+                raise ValueError("it has control flow (prim::Loop)")
             if node.kind() == "prim::GetAttr":
                 owner, attribute, name = modules[node.input().debugName()], node.s("name"), node.output().debugName()
                 value = owner.getattr(attribute)
@@ -108,7 +113,8 @@ class TracedGraph:
             try:
                 program, structure = export(_Followed(self, device).eval(), examples)
             except ValueError as error:
-                raise ValueError(str(error.__cause__ or error)) from error
+                reason = str(error.__cause__ or error).splitlines()
+                raise ValueError(reason[0] if reason else repr(error.__cause__)) from error
             return _with_plain_numbers(program), structure
 
     def _hold(self, name: str, value: Any) -> None:

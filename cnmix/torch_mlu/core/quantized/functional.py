@@ -242,7 +242,7 @@ def integer_convolution(
         name: of the module, for messages.
 
     Returns:
-        (N, O, *output) or (O, *output), in the dtype of ``x``, its channels side by side in memory.
+        (N, O, *output) or (O, *output), in the dtype of ``x``, contiguous.
     """
     channels, dims = weight.values.shape[1] * groups, weight.values.dim()
     if x.dim() not in (dims - 1, dims) or x.shape[1 - dims] != channels:
@@ -270,6 +270,7 @@ def integer_convolution(
         "nearest_even",
         False,
         name,
+        False,  # the channels first, as the operators of the card leave them
     )
     y = _finished(y, weight, chosen, outside, dims - 2).to(batched.dtype)
     return y if x.dim() == dims else y.squeeze(0)
