@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchao", "numpy", "cnmix")
+PACKAGES = ("torch", "torchao", "onnx", "onnxruntime", "numpy", "cnmix")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx_vnni", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE", "OMP_", "KMP_", "MKL_", "ONEDNN_")
 
@@ -66,7 +66,9 @@ class Bar:
     highlight: bool = False
 
 
-def time_arms(arms: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+def time_arms(
+    arms: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, settle: float | None = None
+) -> dict[str, Timing]:
     """Times named arms in interleaved rounds: one call of each per round, so that a slow minute slows all of them.
 
     Every round starts one arm later than the last, so none always follows the same neighbour's caches first.
@@ -75,6 +77,8 @@ def time_arms(arms: Mapping[str, Callable[[], object]], repeats: int, warmup: in
         arms: what to time, by name.
         repeats: timed rounds.
         warmup: rounds before them that are not timed.
+        settle: seconds to sleep before each arm's turn, and a call then that is not timed. For arms with threads of
+            their own: an idle pool spins for a while, on the cores that the next arm needs.
 
     Returns:
         The timing of each arm, by name.
@@ -84,6 +88,9 @@ def time_arms(arms: Mapping[str, Callable[[], object]], repeats: int, warmup: in
     for index in range(-warmup, repeats):
         start = index % len(names) if names else 0
         for name in names[start:] + names[:start]:
+            if settle is not None:
+                time.sleep(settle)
+                arms[name]()
             begin = time.perf_counter()
             arms[name]()
             elapsed = time.perf_counter() - begin

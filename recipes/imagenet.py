@@ -15,6 +15,7 @@ import cnmix
 from cnmix import checkpoint
 
 SIDE = 224
+CLASSES = 10  # of the images that are drawn
 BATCH, IMAGES = 16, 96  # of settling
 LOGIT = 10.0  # what a fitted class answers over the others
 
@@ -139,7 +140,7 @@ def vgg19(num_classes: int = 1000) -> VGG:
     return VGG(VGG19, num_classes)
 
 
-def images(count: int, seed: int = 0, side: int = SIDE, classes: int = 10) -> tuple[Tensor, Tensor]:
+def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     """Draws images of coloured waves, noise over them; direction, wavelength and colour of the waves are the class's.
 
     Args:
@@ -170,7 +171,7 @@ def images(count: int, seed: int = 0, side: int = SIDE, classes: int = 10) -> tu
 def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
     """Brings a network of random weights to where training would have it, near enough to quantize it, in place.
 
-    Batch normalization takes its statistics from ``x``. The last one of each residual branch is set to 0.3: at 1, which
+    Batch normalization takes its statistics from ``x``. The last one of each residual branch is set to 0.2: at 1, which
     training starts from, random branches magnify any rounding of an activation on the way to the logits. The last
     Linear is fitted to the classes by least squares, since one of random weights answers nearly all images alike.
 
@@ -188,7 +189,7 @@ def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
     with torch.no_grad(), last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
         for module in model.modules():
             if isinstance(module, Bottleneck):
-                module.bn3.weight.fill_(0.3)
+                module.bn3.weight.fill_(0.2)
         momenta = [norm.momentum for norm in norms]
         model.eval()
         for norm in norms:
@@ -229,11 +230,14 @@ def make_checkpoint(
         path: the file.
         model: ``resnet50()`` or ``vgg19()``, plain; it is plain again afterwards.
         steps: training steps.
-        batch_size: images in each, more than one where the network has batch normalization.
+        batch_size: images in each.
         side: height and width of the images in pixels.
     """
     settle(model, *images(IMAGES, side=side)).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+            module.eval()  # a few steps on small batches would know less than what was settled
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     cnmix.initialize(model, optimizer, "O1", max_bitwidth=8, steps_per_epoch=steps, quantify_rate=1.0)
     x, targets = images(steps * batch_size, seed=1, side=side)
     for inputs, classes in zip(x.split(batch_size), targets.split(batch_size), strict=True):

@@ -1,117 +1,45 @@
 """Plans: a fixed list of steps over prepared memory, which the compiled part runs in one call.
 
-A step is a product of integers or a pass over float elements, with a chain of float32 operations on every element that it
-makes, each rounded by itself, and with places where the elements go, as floats or quantized again. Between steps the
-integers stay in memory that values share as soon as they are no longer needed.
+A step is a product of integers or a pass over float elements, with a chain of float32 operations on every element that
+it makes, each rounded by itself, and with places where the elements go, as floats or quantized again. What steps hand
+on to each other shares memory as soon as it is no longer needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..fixed_point import limits, storage_dtype
+from ..fixed_point import storage_dtype
 from . import native
-from .native.structures import Place, Stage, Step, Steps, Windows
+from .native import structures
+from .native.structures import Place, Step, Steps, Windows
+from .plan_chain import (
+    ARENA,
+    Add,
+    AddValue,
+    Clamp,
+    LeakyRelu,
+    Multiply,
+    Quantize,
+    Relu,
+    Stage,
+    Store,
+    Value,
+    aligned,
+    lay_out,
+)
 from .plan_weights import Weights, arrange, gather_columns, pack_depthwise
 from .reference import output_size
 
-_ALIGNMENT = 64  # bytes; a line of the cache
 _MOST_STAGES = 32  # of plan.h
 _MOST_TAPS = 131071  # int8 products whose sum fits int32: 131072 * 2**14 is 2**31
 _STEP = {name: i for i, name in enumerate(("product", "depthwise", "elements", "max_pool", "copy", "enlarge"))}
-_ARENA = 0  # the first of the addresses that places count from
-
-
-class Value:
-    """A tensor of a plan, in memory as rows of channels: (N, *spatial, C), whatever its shape says.
-
-    Attributes:
-        shape: (N, C, *spatial), or (rows, C).
-        dtype: float32, int8 or int16.
-        rows: N times the positions.
-        channels: C.
-    """
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, base: int) -> None:
-        if len(shape) < 2 or dtype not in (torch.float32, torch.int8, torch.int16):
-            raise ValueError(
-                f"a plan has float32, int8 and int16 of two or more dimensions, not {dtype} {tuple(shape)}"
-            )
-        self.shape, self.dtype = tuple(shape), dtype
-        self.channels = shape[1]
-        self.rows = shape[0] * math.prod(shape[2:])
-        self.base, self.offset = base, 0
-        self.written: int | None = None  # the first step that writes it
-        self.read: int | None = None  # the last one that reads it
-        self.planes = True  # whether it may lie channel by channel: nothing reads it but steps on elements
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of memory."""
-        return self.rows * self.channels * self.dtype.itemsize
-
-    def __repr__(self) -> str:
-        return f"Value({self.shape}, {self.dtype})"
-
-
-class Multiply(NamedTuple):
-    """Multiplies by one number, or by those of the channels, float32 (C,)."""
-
-    factors: Tensor | float
-
-
-class Add(NamedTuple):
-    """Adds a term to each channel, float32 (C,)."""
-
-    terms: Tensor
-
-
-class AddValue(NamedTuple):
-    """Adds a float32 value of the same rows and channels."""
-
-    value: Value
-
-
-class Relu(NamedTuple):
-    """The larger of zero and x; NaN stays."""
-
-
-class LeakyRelu(NamedTuple):
-    """X where it is positive, else x times the slope."""
-
-    slope: float
-
-
-class Clamp(NamedTuple):
-    """Limits x to [low, high]; NaN stays."""
-
-    low: float
-    high: float
-
-
-class Store(NamedTuple):
-    """Writes float32 elements."""
-
-    value: Value
-
-
-class Quantize(NamedTuple):
-    """Writes the integers nearest to x * 2**-position, ties to even, saturated: int8 or int16, by ``bits``."""
-
-    value: Value
-    bits: int
-    position: int
-
-
-Operation: TypeAlias = Multiply | Add | AddValue | Relu | LeakyRelu | Clamp | Store | Quantize
 
 
 def serves() -> bool:
@@ -155,7 +83,7 @@ class Plan:
 
     def value(self, shape: Sequence[int], dtype: torch.dtype) -> Value:
         """Declares a tensor between steps."""
-        value = Value(shape, dtype, _ARENA)
+        value = Value(shape, dtype, ARENA)
         self._inner.append(value)
         return value
 
@@ -163,7 +91,7 @@ class Plan:
         self,
         source: Value,
         weight: Tensor,
-        chain: Sequence[Operation],
+        chain: Sequence[Stage],
         *,
         stride: Sequence[int] = (),
         padding: Sequence[int] = (),
@@ -217,7 +145,7 @@ class Plan:
         self._weights.append((step, weights))
         self._add(step, source, None, chain)
 
-    def elements(self, source: Value, chain: Sequence[Operation]) -> None:
+    def elements(self, source: Value, chain: Sequence[Stage]) -> None:
         """Applies a chain to the elements of a float32 value."""
         if source.dtype != torch.float32:
             raise ValueError(f"a chain takes float32 elements, not {source}")
@@ -300,11 +228,11 @@ class Plan:
         for value in self._outputs:
             if value.written is None:
                 raise ValueError(f"no step writes the output {value}")
-        self.arena_bytes = _lay_out(self._inner, len(self._steps))
+        self.arena_bytes = lay_out(self._inner)
         self._arena = native.empty((max(1, self.arena_bytes),), torch.int8)
         for place, value, more in self._places:
             place.base, place.offset = value.base, value.offset + more
-        sizes = [_aligned(weights.bytes) for _, weights in self._weights]
+        sizes = [aligned(weights.bytes) for _, weights in self._weights]
         self._packed = native.empty((max(1, sum(sizes)),), torch.int8)
         at = self._packed.data_ptr()
         for (step, weights), size in zip(self._weights, sizes, strict=True):
@@ -332,8 +260,7 @@ class Plan:
             ValueError: A tensor has another shape, type or layout.
             MemoryError: There was no memory for a thread's rows.
         """
-        seconds = None
-        return self._run(inputs, outputs, seconds)
+        return self._run(inputs, outputs, None)
 
     def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[float]:
         """Runs the steps and returns the seconds that each one took."""
@@ -379,7 +306,7 @@ class Plan:
         step: Step,
         source: Value,
         target: Value | None,
-        chain: Sequence[Operation],
+        chain: Sequence[Stage],
         more: int = 0,
         again: bool = False,
     ) -> None:
@@ -396,19 +323,32 @@ class Plan:
             self._places.append((step.target, target, more))
         if len(chain) > _MOST_STAGES:
             raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
-        stages = (Stage * len(chain))(*(self._stage(stage, step.rows, step.channels, index) for stage in chain))
+        stages = (structures.Stage * len(chain))(
+            *(self._stage(stage, step.rows, step.channels, index) for stage in chain)
+        )
         for stage, made in zip(chain, stages, strict=True):
             if isinstance(stage, (AddValue, Store, Quantize)):
                 self._places.append((made.place, stage.value, 0))
+        self._find_replaced(source, chain)
         self._kept.append(stages)
         step.stages, step.stage_count = stages, len(chain)
         self._steps.append(step)
 
-    def _stage(self, stage: Operation, rows: int, channels: int, index: int) -> Stage:
+    @staticmethod
+    def _find_replaced(source: Value, chain: Sequence[Stage]) -> None:
+        """Notes which value a stored one may take the place of: the only one that was added, before."""
+        added = [i for i, stage in enumerate(chain) if isinstance(stage, AddValue)]
+        stored = [i for i, stage in enumerate(chain) if isinstance(stage, Store)]
+        if len(added) == 1 and stored and added[0] < stored[0]:
+            before, after = chain[added[0]], chain[stored[0]]
+            if isinstance(before, AddValue) and isinstance(after, Store) and before.value is not source:
+                after.value.over = before.value
+
+    def _stage(self, stage: Stage, rows: int, channels: int, index: int) -> structures.Stage:
         if isinstance(stage, (Multiply, Add)):
             values = stage[0]
             if not isinstance(values, Tensor):
-                return Stage(1, None, values)
+                return structures.Stage(1, None, values)
             if values.dtype != torch.float32 or tuple(values.shape) != (channels,):
                 raise ValueError(
                     f"constants of {channels} channels are float32 ({channels},), not {tuple(values.shape)}"
@@ -416,18 +356,18 @@ class Plan:
             # Registers of sixteen are read at once.
             padded = torch.cat((values.detach(), values.new_zeros(16)))
             self._kept.append(padded)
-            return Stage(0 if isinstance(stage, Multiply) else 2, padded.data_ptr())
+            return structures.Stage(0 if isinstance(stage, Multiply) else 2, padded.data_ptr())
         if isinstance(stage, Relu):
-            return Stage(4)
+            return structures.Stage(4)
         if isinstance(stage, LeakyRelu):
-            return Stage(5, None, stage.slope)
+            return structures.Stage(5, None, stage.slope)
         if isinstance(stage, Clamp):
-            return Stage(6, None, stage.low, stage.high)
+            return structures.Stage(6, None, stage.low, stage.high)
         value = stage.value
         dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
         if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
             raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
-        made = Stage(3)
+        made = structures.Stage(3)
         if isinstance(stage, AddValue):
             self._read(value, index)
             value.planes = False
@@ -476,28 +416,3 @@ def _check(tensor: Tensor, value: Value) -> None:
 
 def _channels_last(tensor: Tensor) -> bool:
     return tensor.movedim(1, -1).is_contiguous()
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _lay_out(values: Sequence[Value], steps: int) -> int:
-    """Places values so that those which are needed at the same time do not overlap; returns the bytes of all.
-
-    The largest first, each at the lowest place that is free for its time.
-    """
-    placed: list[Value] = []
-    end = 0
-    for value in sorted(values, key=lambda value: -value.bytes):
-        if value.written is None or value.read is None:
-            continue
-        at = 0
-        for other in sorted(placed, key=lambda other: other.offset):
-            together = value.written <= (other.read or 0) and (other.written or 0) <= value.read
-            if together and at + value.bytes > other.offset and at < other.offset + other.bytes:
-                at = _aligned(other.offset + other.bytes)
-        value.offset = at
-        placed.append(value)
-        end = max(end, at + value.bytes)
-    return _aligned(end)

@@ -79,7 +79,7 @@ def gather_columns(weight: Tensor, arrangement: int, windows: Windows, groups: i
         groups: groups of channels.
     """
     outputs, run = weight.shape[:2]
-    taps = weight.detach().flatten(2).movedim(1, -1).reshape(outputs, -1, run)  # (O, taps, C / groups)
+    taps = weight.detach().reshape(outputs, run, -1).movedim(1, -1)  # (O, taps, C / groups)
     if arrangement == IMAGE_LINES:
         runs = _runs(windows, groups)
         lines = taps.reshape(outputs, windows.kernel[1] * len(runs), runs[0])

@@ -27,3 +27,8 @@ def digits() -> ModuleType:
 @pytest.fixture(scope="session")
 def text() -> ModuleType:
     return load_recipe("text")
+
+
+@pytest.fixture(scope="session")
+def imagenet() -> ModuleType:
+    return load_recipe("imagenet")

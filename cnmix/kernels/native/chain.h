@@ -12,7 +12,7 @@ namespace cnmix {
 struct PanelRows {
   int64_t row;            // of the output, where the first goes
   int64_t count;
-  uint8_t from[kTileRows];  // the sums' row of each; those beyond `count` repeat one
+  uint8_t from[kTileRows];  // the sums' row of each; those beyond `count` repeat the last
 };
 
 inline PanelRows whole_panel(int64_t row, int64_t count) {
@@ -34,12 +34,21 @@ CNMIX_AVX512 inline void quantize_part(int16_t* out, __mmask16 lanes, __m512i q)
   _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtsepi32_epi16(q));
 }
 
-// `full`: sixteen rows of sixteen channels.
-template <bool full, typename Out>
-CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_stage(const Stage& s, const __m512* v, int64_t row,
-                                                                       int64_t count, int64_t channel, __mmask16 lanes,
+// How much of a tile there is. Where rows are missing, the last one there is comes again in their place: it is computed
+// again, and goes where it is already.
+enum Extent { WHOLE, ALL_CHANNELS, SOME_CHANNELS };
+
+// Where the elements of a stage's value lie that a tile meets.
+template <Extent extent>
+struct Cells {
+  int64_t stride, last;   // elements; row
+  int64_t at(int64_t i) const { return extent == WHOLE ? i * stride : std::min(i, last) * stride; }
+};
+
+template <Extent extent, typename Out>
+CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_stage(const Stage& s, const __m512* v, Out* to,
+                                                                       const Cells<extent>& cells, __mmask16 lanes,
                                                                        float* bad) {
-  Out* to = reinterpret_cast<Out*>(s.memory) + row * s.stride + channel;
   const __m512 scale = _mm512_set1_ps(s.number), rest = _mm512_set1_ps(s.other), zero = _mm512_setzero_ps();
   const __m512 high = _mm512_set1_ps(sizeof(Out) == 1 ? 127.0f : 32767.0f);
   const bool two = s.other != 1.0f;
@@ -47,29 +56,31 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_stage(const Sta
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     // Zero times a number is zero, and NaN where it is none.
-    notes[i % 4] = full ? _mm512_fmadd_ps(v[i], zero, notes[i % 4])
-                        : _mm512_mask3_fmadd_ps(v[i], zero, notes[i % 4], i < count ? lanes : __mmask16{0});
+    notes[i % 4] = extent == SOME_CHANNELS ? _mm512_mask3_fmadd_ps(v[i], zero, notes[i % 4], lanes)
+                                           : _mm512_fmadd_ps(v[i], zero, notes[i % 4]);
     __m512 scaled = _mm512_mul_ps(v[i], scale);
     if (two) scaled = _mm512_mul_ps(scaled, rest);
     // Far below, the conversion's smallest integer is what saturates as it should; far above it has no other.
     const __m512i q =
         _mm512_cvt_roundps_epi32(_mm512_min_ps(scaled, high), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    if (full)
-      quantize_row(to + i * s.stride, q);
-    else if (i < count)
-      quantize_part(to + i * s.stride, lanes, q);
+    if (extent == SOME_CHANNELS)
+      quantize_part(to + cells.at(i), lanes, q);
+    else
+      quantize_row(to + cells.at(i), q);
   }
   _mm512_store_ps(bad, _mm512_add_ps(_mm512_add_ps(notes[0], notes[1]), _mm512_add_ps(notes[2], notes[3])));
 }
 
-// Applies the stages to rows from `row` on, at `channel`.
-template <bool full>
+// Applies the stages to `count` rows from `row` on, at `channel`.
+template <Extent extent>
 CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain& chain, __m512* v, int64_t row,
                                                                     int64_t count, int64_t channel, __mmask16 lanes,
                                                                     float* bad) {
   const __m512 zero = _mm512_setzero_ps();
   for (const Stage *stage = chain.stages, *end = stage + chain.count; stage != end; ++stage) {
     const Stage& s = *stage;
+    const Cells<extent> cells{s.stride, count - 1};
+    const int64_t first = row * s.stride + channel;
     switch (s.kind) {
       case MULTIPLY:
       case MULTIPLY_NUMBER: {
@@ -85,11 +96,11 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain&
         break;
       }
       case ADD_VALUE: {
-        const float* from = reinterpret_cast<const float*>(s.memory) + row * s.stride + channel;
+        const float* from = reinterpret_cast<const float*>(s.memory) + first;
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          v[i] = _mm512_add_ps(v[i], full ? _mm512_loadu_ps(from + i * s.stride)
-                                          : _mm512_maskz_loadu_ps(i < count ? lanes : __mmask16{0}, from + i * s.stride));
+          v[i] = _mm512_add_ps(v[i], extent == SOME_CHANNELS ? _mm512_maskz_loadu_ps(lanes, from + cells.at(i))
+                                                             : _mm512_loadu_ps(from + cells.at(i)));
         break;
       }
       case RELU:  // the second operand is what comes out where one is NaN, as in torch
@@ -110,21 +121,21 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain&
         break;
       }
       case STORE: {
-        float* to = reinterpret_cast<float*>(s.memory) + row * s.stride + channel;
+        float* to = reinterpret_cast<float*>(s.memory) + first;
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-          if (full)
-            _mm512_storeu_ps(to + i * s.stride, v[i]);
-          else if (i < count)
-            _mm512_mask_storeu_ps(to + i * s.stride, lanes, v[i]);
+          if (extent == SOME_CHANNELS)
+            _mm512_mask_storeu_ps(to + cells.at(i), lanes, v[i]);
+          else
+            _mm512_storeu_ps(to + cells.at(i), v[i]);
         }
         break;
       }
       case QUANTIZE_BYTES:
-        quantize_stage<full, int8_t>(s, v, row, count, channel, lanes, bad);
+        quantize_stage<extent>(s, v, reinterpret_cast<int8_t*>(s.memory) + first, cells, lanes, bad);
         break;
       default:
-        quantize_stage<full, int16_t>(s, v, row, count, channel, lanes, bad);
+        quantize_stage<extent>(s, v, reinterpret_cast<int16_t*>(s.memory) + first, cells, lanes, bad);
     }
   }
 }
@@ -137,11 +148,12 @@ CNMIX_AVX512 __attribute__((noinline)) inline void finish_sums(const Chain& chai
   if (rows.count == kTileRows && width >= kTileRows) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + i * stride));
-    return apply_chain<true>(chain, v, rows.row, kTileRows, channel, 0xffff, bad);
+    return apply_chain<WHOLE>(chain, v, rows.row, kTileRows, channel, 0xffff, bad);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + rows.from[i] * stride));
-  apply_chain<false>(chain, v, rows.row, rows.count, channel, first_lanes(width), bad);
+  if (width >= kTileRows) return apply_chain<ALL_CHANNELS>(chain, v, rows.row, rows.count, channel, 0xffff, bad);
+  apply_chain<SOME_CHANNELS>(chain, v, rows.row, rows.count, channel, first_lanes(width), bad);
 }
 
 }  // namespace cnmix

@@ -22,12 +22,13 @@ CNMIX_AVX512 void finish_floats(const Chain& chain, const float* x, int64_t stri
   if (count >= 16 && width >= 16) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_ps(x + i * stride);
-    return apply_chain<true>(chain, v, row, 16, channel, 0xffff, bad);
+    return apply_chain<WHOLE>(chain, v, row, 16, channel, 0xffff, bad);
   }
   const __mmask16 lanes = first_lanes(width);
+  const int64_t last = std::min<int64_t>(16, count) - 1;
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_ps(i < count ? lanes : __mmask16{0}, x + i * stride);
-  apply_chain<false>(chain, v, row, std::min<int64_t>(16, count), channel, lanes, bad);
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_ps(lanes, x + std::min<int64_t>(i, last) * stride);
+  apply_chain<SOME_CHANNELS>(chain, v, row, last + 1, channel, lanes, bad);
 }
 
 // Whether the elements can be taken as they follow each other, whatever their channels.
