@@ -52,7 +52,8 @@ class IntegerLinear(IntegerModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         x = check_input(input, self, "weight", self.fqn)
-        if x.dim() == 0 or x.shape[-1] != self.weight.shape[1]:
+        # While torch.jit traces, sizes are tensors, and comparing them warns.
+        if x.dim() == 0 or (not torch.jit.is_tracing() and x.shape[-1] != self.weight.shape[1]):
             raise ValueError(
                 f"{self.fqn!r} takes {self.weight.shape[1]} features in the last dimension, got a tensor of shape "
                 f"{tuple(x.shape)}"
@@ -68,7 +69,7 @@ class _IntegerConv(IntegerModule, nn.modules.conv._ConvNd):
         x = check_input(input, self, "weight", self.fqn)
         spatial = len(self.kernel_size)
         channels = x.shape[-spatial - 1] if x.dim() in (spatial + 1, spatial + 2) else None
-        if channels != self.in_channels:
+        if not torch.jit.is_tracing() and channels != self.in_channels:
             raise ValueError(
                 f"{self.fqn!r} takes (batch, {self.in_channels} channels, {spatial} spatial dimensions), with or "
                 f"without the batch, got a tensor of shape {tuple(x.shape)}"

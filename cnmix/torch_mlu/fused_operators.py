@@ -24,8 +24,8 @@ amax amin mean sum
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
 max_pool3d constant_pad_nd pad reflection_pad2d replication_pad2d pixel_shuffle upsample_bilinear2d upsample_nearest2d
 
-_to_copy cat chunk clone dropout expand flatten permute repeat reshape select slice split split_with_sizes squeeze stack
-t transpose unbind unflatten unsqueeze view
+_to_copy _unsafe_view cat chunk clone dropout expand flatten permute repeat reshape select slice split split_with_sizes
+squeeze stack t transpose unbind unflatten unsqueeze view
 """
 
 SUPPORTED = frozenset(f"{_PRODUCTS} {_OTHERS}".split())

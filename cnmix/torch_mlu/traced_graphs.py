@@ -226,6 +226,8 @@ class _Followed(nn.Module):
             return given if kind == "prim::ListConstruct" else tuple(given)
         if kind == "prim::DictConstruct":
             return dict(zip(given[::2], given[1::2], strict=True))
+        if kind == "aten::__getitem__":
+            return given[0][given[1]]
         if kind == "prim::NumToTensor":
             with _disable_current_modes():
                 return _Number(torch.tensor(given[0]))
