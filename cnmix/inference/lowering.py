@@ -38,7 +38,11 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
         raise ValueError(f"{name} writes to {', '.join(written)}, so that it cannot be fused")
-    return simplified(_program(exported)), exported.call_spec.out_spec
+    try:
+        program = _program(exported)
+    except RuntimeError as error:  # of a size that is no number
+        raise ValueError(f"{name} has tensors whose sizes depend on numbers, so that it cannot be fused") from error
+    return simplified(program), exported.call_spec.out_spec
 
 
 def simplified(program: Program) -> Program:
