@@ -244,6 +244,8 @@ class _Followed(nn.Module):
     def _as_called(self, node: Any, given: list[Any]) -> tuple[Any, list[Any], dict[str, Any]]:
         if node.kind() == "aten::_convolution":  # the same with settings of other devices' libraries
             return torch.ops.aten.convolution.default, given[:9], {}
+        if node.kind() == "aten::_convolution_mode":
+            return getattr(torch.ops.aten, f"conv{given[1].dim() - 2}d").padding, given, {}
         schema = torch._C.parse_schema(node.schema())
         namespace, packet = schema.name.split("::")
         function = getattr(getattr(getattr(torch.ops, namespace), packet), schema.overload_name or "default")

@@ -41,7 +41,7 @@ def test_a_trace_leaves_the_file(device, dtype, qconfig):
     assert offline.metadata == {"input_format": "2"}
     for found, expected in zip(offline(x), traced.to("mlu")(x.mlu()), strict=True):
         assert torch.equal(found, expected.cpu())
-    torch.jit.trace(model, x.to(device), check_trace=False)
+    torch.jit.trace(model, x.mlu(), check_trace=False)
     assert len([*Path().iterdir()]) == 1
 
 
