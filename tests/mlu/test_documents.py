@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnmix.torch_mlu.fusion_groups import FusionGroup
-from cnmix.torch_mlu.settings import configure, settings
+from cnmix.torch_mlu.settings import settings
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,6 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         # Of the documents' settings one is misspelt, and one is without effect.
         warnings.filterwarnings("ignore", message="qconfig_spec: ")
         yield
-    configure(fuses=True, core_number=1, core_version="")
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ pytestmark = [
 def _without_gradients():
     with torch.no_grad():
         yield
-    ct._jit_override_can_fuse_on_mlu(True)
 
 
 def groups(module):
