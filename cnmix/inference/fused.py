@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,11 @@ class _Group:
         """Computes its results from values; returns False, and nothing of use, where one was not finite."""
         inputs = [_laid_out(values[_name(key)], layout, as_it_lies) for key, layout, as_it_lies in self._sources]
         outputs = [self._empty(key, layout) for key, layout in self._results]
-        if not self._plan.run(inputs, outputs):
+        as_rows = [
+            out.view(-1, out.shape[-1]) if layout == "rows" else out
+            for out, (_, layout) in zip(outputs, self._results, strict=True)
+        ]
+        if not self._plan.run(inputs, as_rows):
             return False
         for (key, _), out in zip(self._results, outputs, strict=True):
             values[_name(key)] = self._as_called(key, out)
@@ -217,7 +221,7 @@ class _Group:
             stride, padding, dilation, groups = node.geometry or ((), (), (), 1)
             self._plan.product(
                 sources[0],
-                node.weight,
+                cast(Tensor, node.weight),
                 self._chain(node),
                 stride=stride,
                 padding=padding,
@@ -268,6 +272,8 @@ def _name(key: Key) -> Any:
 
 
 def _laid_out(x: Tensor, layout: Layout, as_it_lies: bool) -> Tensor:
-    if layout == "rows" or x.dim() < 3 or (as_it_lies and x.is_contiguous()):
-        return x.contiguous()
+    if layout == "rows":
+        return x.reshape(-1, x.shape[-1]).contiguous()
+    if as_it_lies and x.is_contiguous():
+        return x
     return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -204,3 +204,25 @@ def test_what_cannot_be_exported_is_refused():
 
     with pytest.raises(ValueError, match=r"torch.export cannot follow Branch"):
         inference.fuse(Branch(3, 3).eval(), torch.ones(2, 3))
+
+
+class Sequence(nn.Module):
+    """Linear layers on (N, positions, features), with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.permute(0, 2, 3, 1).flatten(1, 2).repeat(1, 1, 4)
+        y = self.second(F.relu(self.first(x))) + x
+        return self.third(F.gelu(y)), y
+
+
+@pytest.mark.usefixtures("_plans")
+def test_linear_layers_on_sequences():
+    model = trained(Sequence)
+    x = images(3)
+    fused = inference.fuse(model, x)
+    with torch.no_grad():
+        assert_same(fused(x), model(x))
