@@ -22,10 +22,12 @@ from ..nn import (
     quantizer_sets,
     quantizers_of,
 )
+from ..nn.callers import callers
 from ..nn.convert import is_convertible
 from ..nn.module_state import check_trained
 from ..rules import leave_out
 from ..state import check_names_fit, load_state_dict
+from .weights import Weights
 
 __all__ = ["freeze", "prepare"]
 
@@ -63,8 +65,10 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
         name: {operand: QuantizeConfig().replace(**settings) for operand, settings in saved[name]["settings"].items()}
         for name in saved
     }
+    weights = Weights(model, saved)
     for name in saved:
-        check_trained({operand: each["step"] for operand, each in saved[name]["operands"].items()}, name)
+        if not weights.serve_functions(name):
+            check_trained({operand: each["step"] for operand, each in saved[name]["operands"].items()}, name)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     convert(model, QuantizeConfig(), rules)
     load_state_dict({**state, "loss_scalers": []}, model)  # inference needs none
@@ -77,17 +81,24 @@ def freeze(model: Model) -> Model:
     """Fixes the integers of every weight and puts the model into evaluation mode, in place.
 
     Raises:
-        ValueError: if a module took no part in training, naming it.
+        ValueError: if a module took no part in training, naming it; one whose weight functions multiply need not have.
     """
-    for _, quantizers in quantizer_sets(model):
-        if not quantizers.of_function:
-            quantizers.check_trained()
+    sets = dict(quantizer_sets(model))
+    weights = Weights(model, sets)
+    idle: set[int] = set()  # of modules whose weight functions multiply, without calling them
+    for name, quantizers in sets.items():
+        if quantizers.of_function:
+            quantizers.freeze_integers()
+        elif weights.serve_functions(name) and not quantizers.input.state.step:
+            idle.add(id(quantizers))
         else:
-            quantizers.freeze_at_next_use()
+            quantizers.check_trained()
     model.eval()
+    for _, _, products in callers(model):
+        products.frozen = True
     for _, module in quantized_modules(model):
         names = module.places(module)
         for place, quantizers in quantizers_of(module):
-            if place in names:
+            if place in names and id(quantizers) not in idle:
                 quantizers.freeze(getattr(module, names[place]))
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..kernels import native, plan
+from ..nn import module_name, quantizer_sets
 from .fusion import folded, fuse_steps
+from .integers import IntegerModule
 from .lowering import export
 from .nodes import Call, Floats, Fused, Integers, Key, Layout
 from .program import Program, Spec, run_step
+from .weights import Weights
 
 
 class FusedProgram:
@@ -78,50 +81,106 @@ class FusedModel(nn.Module):
     Args:
         model: the integer model.
         inputs: an example of each.
+        keywords: likewise of those that it takes by name.
 
     Attributes:
         model: the integer model.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model = model
         self._made: dict[Any, tuple[FusedProgram, Any]] = {}
         self._lock = threading.Lock()
-        self.first = self._fused(inputs)[0]
+        self.first = self._fused(inputs, keywords or {})[0]
         self.eval()
 
     @torch.no_grad()
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Computes what the model computes, to the bit."""
-        fused, structure = self._fused(inputs)
-        outputs = fused.run(*pytree.tree_leaves(inputs))
+        fused, structure = self._fused(inputs, keywords)
+        outputs = fused.run(*_tensors((inputs, keywords)))
         return pytree.tree_unflatten(list(outputs), structure)
 
-    def _fused(self, inputs: tuple[Any, ...]) -> tuple[FusedProgram, Any]:
-        leaves, structure = pytree.tree_flatten(inputs)
-        shapes = (structure, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
+    def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+        leaves, structure = pytree.tree_flatten((inputs, dict(keywords)))
+        # Code may ask whether two of its inputs are one tensor, as attention does of query, key and value.
+        same = tuple(next(i for i, other in enumerate(leaves) if other is x) for x in leaves if isinstance(x, Tensor))
+        shapes = (structure, same, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
         with self._lock:
             if shapes not in self._made:
-                program, outputs = export(self.model, inputs)
-                self._made[shapes] = FusedProgram(program), outputs
+                self._made[shapes] = self._make(inputs, keywords)
             return self._made[shapes]
 
+    def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+        sets = dict(quantizer_sets(self.model))
+        weights = Weights(self.model, sets)
+        trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]
+        if trains:
+            raise ValueError(
+                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a "
+                "checkpoint"
+            )
+        with torch.no_grad():  # says what is wrong with inputs, and fixes the integers of what functions multiply by
+            expected = self.model(*_copied(inputs), **_copied(dict(keywords)))
+        program, structure = export(self.model, inputs, keywords)
+        fused = FusedProgram(program)
+        found = fused.run(*_tensors((inputs, keywords)))
+        # Torch computes some modules in a fused kernel of its own, which rounds otherwise than the graph's operators.
+        integers = bool(sets) or any(isinstance(module, IntegerModule) for module in self.model.modules())
+        is_right = _is_same if integers else _is_close
+        if not all(map(is_right, pytree.tree_leaves(expected), found)):
+            raise ValueError(
+                f"the graph that torch.export makes of {type(self.model).__name__} computes other numbers than the "
+                "model does, which code can cause that asks torch.compiler.is_compiling(), or that draws random "
+                "numbers: keep the model as it is, or fuse the parts of it that are free of such code"
+            )
+        return fused, structure
 
-def fuse(model: nn.Module, *inputs: Any) -> FusedModel:
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    """Returns what a program takes of inputs: numbers and the like are a part of it."""
+    return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+
+
+def _copied(inputs: Any) -> Any:
+    """Returns inputs that a model may write to; what is one tensor stays one."""
+    copies = {id(x): x.clone() for x in _tensors(inputs)}
+    return pytree.tree_map(lambda x: copies.get(id(x), x), inputs)
+
+
+def _is_same(expected: Any, found: Tensor) -> bool:
+    """Whether two results are the same to the bit; any NaN is as good as another."""
+    alike = isinstance(expected, Tensor) and expected.shape == found.shape and expected.dtype == found.dtype
+    return alike and bool(((expected == found) | (expected != expected) & (found != found)).all())
+
+
+def _is_close(expected: Any, found: Tensor) -> bool:
+    """Whether two results in float are the same but for rounding."""
+    if _is_same(expected, found):
+        return True
+    if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        return False
+    largest = expected.nan_to_num().abs().max().item()
+    return torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
+
+
+def fuse(model: nn.Module, *inputs: Any, **keywords: Any) -> FusedModel:
     """Fuses a model: its products take along what follows them, and tensors stay integers between them.
 
     Args:
         model: an integer model of ``load``, in evaluation mode. It stays as it is.
-        *inputs: an example of what it is called with.
+        *inputs: an example of what it is called with: tensors, lists and dicts of them, and numbers and the like, for
+            which one is fused each.
+        **keywords: likewise, by name.
 
     Returns:
-        A module that computes the same, to the bit.
+        A module that computes the same: an integer model's numbers to the bit, a float model's but for rounding.
 
     Raises:
-        ValueError: if the model is in training, or ``torch.export`` cannot follow it.
+        ValueError: if the model is in training, or ``torch.export`` cannot follow it, or makes something else of it.
     """
-    return FusedModel(model, inputs)
+    return FusedModel(model, inputs, keywords)
 
 
 class _Source(NamedTuple):

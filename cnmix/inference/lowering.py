@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.transformer import _detect_is_causal_mask
+from torch.overrides import TorchFunctionMode
 
+from ..nn.function_mode import exported_functions
+from ..nn.function_places import called_module
 from .program import Program, Ref, Spec, Step, run_step
 
+# Make the same tensor each time.
+_FACTORIES = {
+    f"aten.{name}"
+    for name in (
+        *("arange.default", "arange.start", "arange.start_step", "full.default", "ones.default", "zeros.default"),
+        *("scalar_tensor.default", "eye.default", "linspace.default"),
+    )
+}
 
-def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
+
+def export(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None) -> tuple[Program, Any]:
     """Makes a program of a model for inputs of these shapes.
 
     Args:
         model: in evaluation mode.
         inputs: an example of each; tensors, or lists and dicts of them.
+        keywords: likewise of those that it takes by name.
 
     Returns:
         The program, and the structure of what the model returns, as ``torch.utils._pytree`` describes it.
@@ -29,11 +46,17 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
     if model.training:
         raise ValueError(f"{name} is in training: call model.eval() first")
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _Answers(), exported_functions():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, inputs).run_decompositions({})  # functional, but whole operators
+            exported = torch.export.export(model, inputs, dict(keywords or {})).run_decompositions(
+                {}
+            )  # functional, but whole operators
     except Exception as error:  # whatever code meets that cannot be followed
-        raise ValueError(f"torch.export cannot follow {name}, so that it cannot be fused: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.export cannot follow {_place_of(error, model)}, so that {name} cannot be fused: keep it as it is, "
+            f"or fuse the parts of it whose code does not go by the numbers in tensors. It says: {reason}"
+        ) from error
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -45,6 +68,35 @@ def export(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, Any]:
     return simplified(program), exported.call_spec.out_spec
 
 
+def _place_of(error: Exception, model: nn.Module) -> str:
+    """Returns what to call the innermost module of the model that was being called."""
+    names = {id(module): fqn for fqn, module in model.named_modules()}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        module = called_module(trace.tb_frame)
+        found = names.get(id(module), found)
+        trace = trace.tb_next
+    return repr(found) if found else type(model).__name__
+
+
+class _Answers(TorchFunctionMode):
+    """Answers a question that only numbers could: whether a mask of ``nn.Transformer`` is the causal one.
+
+    The answer is no: it goes on to use the mask then, whatever is in it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                if frame.f_code is _detect_is_causal_mask.__code__:
+                    return False
+                frame = frame.f_back
+        return func(*args, **(kwargs or {}))
+
+
 def simplified(program: Program) -> Program:
     """Computes what depends on constants alone, and drops the steps that return a tensor as it is."""
     made = Program(list(program.inputs), list(program.outputs), [], dict(program.constants), program.specs)
@@ -52,7 +104,7 @@ def simplified(program: Program) -> Program:
     for step in program.steps:
         names = [same.get(name, name) for name in step.inputs()]
         step = Step(step.operator, _renamed(step.arguments, same), _renamed(step.keywords, same), step.outputs)
-        if names and all(name in made.constants for name in names):
+        if (names or step.operator in _FACTORIES) and all(name in made.constants for name in names):
             with torch.no_grad():
                 run_step(step, made.constants)
         elif _is_identity(step, program) and step.output not in program.outputs:
@@ -96,14 +148,16 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
             names[node] = Ref(node.name)
             if source.kind == kinds.USER_INPUT:
                 if not isinstance(node.meta.get("val"), Tensor):
-                    raise ValueError(f"the model takes {node.name}, which is no tensor: give it tensors only")
+                    if node.users:
+                        raise ValueError(f"the model takes {node.name}, which is no tensor: give it tensors only")
+                    continue  # a number, which the graph is made for
                 made.inputs.append(node.name)
                 made.specs[node.name] = Spec.of(node.meta["val"])
             elif node.users:
                 target = source.target
                 state = exported.state_dict if target in exported.state_dict else exported.constants
                 made.constants[node.name] = state[target].detach()
-        elif node.op == "call_function":
+        elif node.op == "call_function" and "val" in node.meta:  # others check, and return nothing
             _add_call(made, node, names)
         elif node.op == "output":
             returned = _arguments(list(node.args[0]), names)

@@ -2,7 +2,9 @@
 
 ``torch.ops.cnmix.integer_linear`` and ``torch.ops.cnmix.integer_convolution`` take a float tensor and a weight of
 integers. They quantize the one at a position that is known, multiply exactly, round each sum once to float32, scale it
-by a power of two and add the bias, in float32 too.
+by a power of two and add the bias, in float32 too. ``integer_matmul``, of batches of matrices, and ``integer_filter``,
+a convolution, take two float tensors and quantize both; ``integer_grouped`` multiplies groups of rows by a matrix each,
+of integers or floats. Formats are width and position of the left operand, then of the right one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,24 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..fixed_point import FixedPoint
+from ..fixed_point import FixedPoint, FixedPointBatch
+from ..nn.batched import multiply_operands
 from ..nn.card_tensors import to_device_of, to_host
+from ..nn.exported import FITTING
+from ..nn.grouped import multiply_groups
 from ..nn.products import ConvolutionGeometry
 
 
 def quantize(x: Tensor, bits: int, position: int, rounding: str) -> FixedPoint:
     """Quantizes a float tensor of any dtype and shape; the result is marked where ``x`` has NaN or infinity."""
-    return kernels.quantize_measured(x, bits, position, rounding)[0]
+    return kernels.quantize_measured(x, bits, None if position == FITTING else position, rounding)[0]
+
+
+def quantize_each(x: Tensor, bits: int, position: int, per_entry: bool, rounding: str) -> FixedPoint | FixedPointBatch:
+    """Quantizes a batch of matrices (*batch, M, K): all alike, or each at the position that fits it."""
+    if per_entry:
+        return kernels.quantize_batch(x, bits, None, rounding, batch_dims=x.dim() - 2)[0]
+    return quantize(x, bits, position, rounding)
 
 
 def multiply_rows(x: FixedPoint, weight: FixedPoint, bias: Tensor | None, exact: bool, name: str) -> Tensor:
@@ -103,6 +115,62 @@ def _convolution(
     return to_device_of(given, (y.to(x.dtype),))[0]
 
 
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    formats: list[int],
+    per_entry: list[bool],
+    a_rounding: str,
+    b_rounding: str,
+    exact: bool,
+    name: str,
+) -> Tensor:
+    given, a, b = a, to_host(a), to_host(b)
+    qa = quantize_each(a, formats[0], formats[1], per_entry[0], a_rounding)
+    qb = quantize_each(b, formats[2], formats[3], per_entry[1], b_rounding)
+    return to_device_of(given, (multiply_operands(qa, qb, exact, name),))[0]
+
+
+def _filter(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    formats: list[int],
+    x_rounding: str,
+    weight_rounding: str,
+    exact: bool,
+    name: str,
+) -> Tensor:
+    given, x, weight = x, to_host(x), to_host(weight)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    qx, qw = quantize(x, formats[0], formats[1], x_rounding), quantize(weight, formats[2], formats[3], weight_rounding)
+    return to_device_of(given, (convolve(qx, qw, None, geometry, exact, name),))[0]
+
+
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    formats: list[int],
+    x_rounding: str,
+    weight_rounding: str,
+    exact: bool,
+    name: str,
+) -> Tensor:
+    given, x, weight = x, to_host(x), to_host(weight)
+    qx = quantize(x, formats[0], formats[1], x_rounding)
+    if weight.is_floating_point():
+        qw = quantize(weight, formats[2], formats[3], weight_rounding)
+    else:
+        qw = FixedPoint(weight, formats[2], formats[3])
+    return to_device_of(given, (multiply_groups(qx, qw, ends.tolist(), exact, name),))[0]
+
+
 def _geometry(
     stride: list[int],
     padding: list[int],
@@ -124,9 +192,22 @@ _library.define(
     f"int groups, bool transposed, int[] output_padding, {_FORMATS}, "
     "bool channels_last=True) -> Tensor"
 )
-for _device in ("CPU", "PrivateUse1"):
-    _library.impl("integer_linear", _linear, _device)
-    _library.impl("integer_convolution", _convolution, _device)
+_BOTH = "int[] formats, {}str left_rounding, str right_rounding, bool exact, str name"
+_library.define(f"integer_matmul(Tensor a, Tensor b, {_BOTH.format('bool[] per_entry, ')}) -> Tensor")
+_library.define(
+    "integer_filter(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, "
+    f"bool transposed, int[] output_padding, {_BOTH.format('')}) -> Tensor"
+)
+_library.define(f"integer_grouped(Tensor x, Tensor weight, Tensor ends, {_BOTH.format('')}) -> Tensor")
+for _name, _function in {
+    "integer_linear": _linear,
+    "integer_convolution": _convolution,
+    "integer_matmul": _matmul,
+    "integer_filter": _filter,
+    "integer_grouped": _grouped,
+}.items():
+    for _device in ("CPU", "PrivateUse1"):
+        _library.impl(_name, _function, _device)
 
 
 @torch.library.register_fake("cnmix::integer_linear", lib=_library)
@@ -156,3 +237,31 @@ def _(
     if not channels_last:
         return x.new_empty((images, channels, *size))
     return x.new_empty((images, *size, channels)).movedim(-1, 1)
+
+
+@torch.library.register_fake("cnmix::integer_matmul", lib=_library)
+def _(a: Tensor, b: Tensor, *_: object) -> Tensor:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("cnmix::integer_filter", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    *_: object,
+) -> Tensor:
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    images, channels, *size = geometry.output_shape(x.shape, weight.shape)
+    return x.new_empty((images, *size, channels), dtype=torch.float32).movedim(-1, 1)
+
+
+@torch.library.register_fake("cnmix::integer_grouped", lib=_library)
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[2]), dtype=torch.float32)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import operators  # noqa: F401  (defines the operators)
+from . import operators, recurrence  # noqa: F401  (define the operators)
 
 LINEAR = "cnmix.integer_linear.default"
 CONVOLUTION = "cnmix.integer_convolution.default"

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from ..entries import quantize_entries
 from .batched import multiply_integers, save_operands, saved_operands, transposed
 from .card_tensors import apply_on_host, widest
+from .exported import is_exporting, is_fake, multiply_batches_exported
 from .function_calls import Call, are_broadcast, is_broadcast_to, is_multiplied
 from .quantizers import ModuleQuantizers
 
@@ -108,7 +109,9 @@ def scaled_dot_product_attention(
 
 def _is_mask(mask: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether this is broadcast to scores of this shape."""
-    known = is_multiplied(mask) or (type(mask) is Tensor and mask.dtype == torch.bool and mask.numel() > 0)
+    known = is_multiplied(mask) or (
+        (type(mask) is Tensor or is_fake(mask)) and mask.dtype == torch.bool and mask.numel() > 0
+    )
     return known and is_broadcast_to(mask.shape, shape)
 
 
@@ -140,8 +143,31 @@ def attend(
     Returns:
         (*batch, heads, L, V), of the dtype of ``query``; and the probabilities, after dropout, (*batch, heads, L, S).
     """
+    if attention.scores.frozen and is_exporting():
+        return _attend_exported(query, key, value, mask, attention)
     y, shown = apply_on_host(_Attention, query, key, value, mask, attention, shows)
     return y, shown
+
+
+def _attend_exported(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention
+) -> tuple[Tensor, Tensor]:
+    """Does what ``_Attention`` does, product by product, for ``torch.export``.
+
+    Raises:
+        ValueError: if probabilities are dropped at random.
+    """
+    if attention.dropout:
+        raise ValueError(f"{attention.fqn!r} drops probabilities at random in evaluation: pass dropout_p=0.0 there")
+    shape, shared = (*query.shape[:-1], key.shape[-2]), key.shape[-3]
+    grouped, transposed_key = _rows_by_shared_head(query, shared), key.transpose(-1, -2)
+    scores = multiply_batches_exported(grouped, transposed_key, attention.scores).view(shape)
+    weights = probabilities(scores, mask, attention).to(query.dtype)
+    largest = weights.amax(-1, keepdim=True).to(torch.float32).clamp(min=_SMALLEST)
+    scaled = _rows_by_shared_head(_dropped(weights, None, attention, _FULL / largest), shared)
+    y = multiply_batches_exported(scaled, value, attention.values)
+    y = y.view(*query.shape[:-1], value.shape[-1]) * (largest / _FULL)
+    return y.to(query.dtype), weights
 
 
 class _Attention(torch.autograd.Function):

@@ -13,6 +13,7 @@ from .. import kernels
 from ..entries import quantize_entries
 from ..fixed_point import FixedPoint, FixedPointBatch
 from .card_tensors import apply_on_host
+from .exported import is_exporting, multiply_batches_exported
 from .quantizers import ModuleQuantizers
 from .recomputation import saved_tensor_hooks
 
@@ -31,6 +32,8 @@ def multiply_batches(a: Tensor, b: Tensor, quantizers: ModuleQuantizers, trainin
     Returns:
         (*batch, M, N), in the dtype that torch promotes those of ``a`` and ``b`` to.
     """
+    if quantizers.frozen and is_exporting():
+        return multiply_batches_exported(a, b, quantizers).to(torch.promote_types(a.dtype, b.dtype))
     return apply_on_host(_BatchedProduct, a, b, quantizers, training)
 
 
@@ -95,7 +98,20 @@ def _format(x: Operand) -> tuple[int, int, bool]:
 
 def multiply_integers(a: Operand, b: Operand, quantizers: ModuleQuantizers, dtype: torch.dtype) -> Tensor:
     """Returns the product of two batches, broadcast against each other."""
-    options: dict[str, Any] = {"exact_int31": quantizers.config.exact_int31, "dtype": dtype, "name": quantizers.fqn}
+    return multiply_operands(a, b, quantizers.config.exact_int31, quantizers.fqn, dtype)
+
+
+def multiply_operands(a: Operand, b: Operand, exact: bool, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the product of two batches, broadcast against each other.
+
+    Args:
+        a: integers (*batch, M, K).
+        b: integers (*batch, K, N).
+        exact: whether int31 is exact.
+        name: of the product.
+        dtype: of the result, rounded to it from float32.
+    """
+    options: dict[str, Any] = {"exact_int31": exact, "dtype": dtype, "name": name}
     batch = torch.broadcast_shapes(a.values.shape[:-2], b.values.shape[:-2])
     if not batch and isinstance(a, FixedPoint) and isinstance(b, FixedPoint):
         return kernels.matmul(a, b, **options)

@@ -78,12 +78,12 @@ def uninstall(model: nn.Module) -> None:
 
 
 def forget_callers(model: nn.Module) -> None:
-    """Stops watching modules that have called no function that multiplies; those that have go on as they are."""
-    for module in model.modules():
-        products = function_products(module)
-        if products is not None and not any(each.of_function for _, each in quantizers_of(module)):
-            unwatch(module)
-            set_function_products(module, None)
+    """Stops watching the modules of a model none of which has called a function that multiplies.
+
+    If one has, all are watched: what a module within it calls is not its own.
+    """
+    if not any(quantizers.of_function for _, quantizers in quantizer_sets(model)):
+        uninstall(model)
 
 
 def forget_functions(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from ..config import OperandConfigs, Product
 from .base import moves_statistics
 from .batched import multiply_batches
 from .card_tensors import check_one_device, is_on_card
+from .exported import is_fake
 from .functional import multiply
 from .places import FUNCTIONS, attach, product_name
 from .products import ConvolutionGeometry
@@ -43,7 +44,10 @@ class FunctionProducts:
         ranks: see above.
         expected: places of products in the state that was loaded, which were not called since.
         unexpected: places that are not in it, and were called.
+        frozen: whether they are fixed for inference, and no new ones come to be.
     """
+
+    frozen = False
 
     def __init__(self, configs: OperandConfigs, fqn: str, latest_input: LatestInput, ranks: Ranks) -> None:
         self.configs: dict[Product, OperandConfigs] = {"matmul": configs, "convolution": configs}
@@ -69,13 +73,15 @@ class FunctionProducts:
         Empty for another operand. A place that a loop goes through with several parameters is a product for each.
         """
         whole = _whole(operand)
-        if not isinstance(whole, nn.Parameter):
+        if not isinstance(whole, nn.Parameter) and not is_fake(whole):
             return ""
         known = self._names.get(id(whole))
         if known is None or known[0]() is not whole:
             names = {id(each): name for name, each in module.named_parameters()}
             known = self._names[id(whole)] = weakref.ref(whole), names.get(id(whole), "")
         name = known[1]
+        if is_fake(whole):  # in a parameter's place, for this pass
+            del self._names[id(whole)]
         if not name or operand.numel() == whole.numel():
             return name
         return f"{name}.{(operand.storage_offset() - whole.storage_offset()) // max(1, operand.numel())}"
@@ -132,7 +138,7 @@ def kind_of(place: str) -> Product:
 def is_multiplied(*operands: Any) -> bool:
     """Whether the core multiplies these: plain dense tensors of a float type up to 32 bits, none empty."""
     return all(
-        type(each) in _PLAIN
+        (type(each) in _PLAIN or is_fake(each))
         and each.dtype in _DTYPES
         and (each.is_cpu or is_on_card(each))
         and each.layout is torch.strided
@@ -202,7 +208,7 @@ class Call:
             if found is None:
                 self.products.unexpected.add(place)
         if found is None:
-            if not self._is_trained(operands, bool(part or parameter)):
+            if self.products.frozen or not self._is_trained(operands, bool(part or parameter)):
                 return None
             found = self.products.make(self.module, place)
         return found, moves_statistics(self.module, found)
@@ -254,8 +260,14 @@ def _multiply_matrix(
     training: bool,
     geometry: ConvolutionGeometry | None = None,
 ) -> Tensor:
-    quantizers.keeps_weight = is_parameter(weight)
+    note_parameter(quantizers, weight)
     return multiply(x, weight, bias, quantizers, training, geometry)
+
+
+def note_parameter(quantizers: ModuleQuantizers, weight: Tensor) -> None:
+    """Tells quantizers whether the right operand is a parameter; an export's is what it was in eager mode."""
+    if not is_fake(weight):
+        quantizers.keeps_weight = is_parameter(weight)
 
 
 def is_parameter(weight: Tensor) -> bool:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 
+from .exported import is_exporting
 from .function_calls import Call, function_products
 from .function_places import call_within, called_module, calling_frames, place_of
 from .functions import FUNCTIONS
@@ -42,8 +44,8 @@ class _ProductMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # A part of a module that is compiled by itself: a graph takes this mode in.
-        handler = None if torch.compiler.is_compiling() else FUNCTIONS.get(func)
-        if handler is not None:
+        handler = None if torch.compiler.is_compiling() and not is_exporting() else FUNCTIONS.get(func)
+        if handler is not None and self.modules:
             call = self._find_call(func)
             if call is not None:
                 result = handler(call, *args, **kwargs)
@@ -116,8 +118,10 @@ class _Enter:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
-            products = function_products(module)
-            if products is not None:
+            products, mode = function_products(module), _mode_of_export()
+            if mode is not None and (products is None or products.frozen):
+                mode.modules.append(module)
+            elif products is not None:
                 _announce(products.fqn)
             return
         mode = _get_current_function_mode()
@@ -134,6 +138,10 @@ class _Leave:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
+            mode = _mode_of_export()
+            if mode is not None and any(each is module for each in mode.modules):
+                while mode.modules.pop() is not module:
+                    pass
             return
         mode = _get_current_function_mode()
         if not isinstance(mode, _ProductMode) or not any(each is module for each in mode.modules):
@@ -145,6 +153,20 @@ class _Leave:
         products = function_products(module)
         if products is not None and products.unexpected:
             products.report_unexpected()
+
+
+def exported_functions() -> AbstractContextManager[Any]:
+    """Returns a context in which ``torch.export`` sees what the functions of a frozen model multiply on the core.
+
+    Hooks do not begin and end it, as they do in eager mode: where a module raises in a graph, none of them is called.
+    """
+    return _ProductMode()
+
+
+def _mode_of_export() -> _ProductMode | None:
+    if not is_exporting():
+        return None
+    return next((each for each in _get_current_function_mode_stack() if isinstance(each, _ProductMode)), None)
 
 
 def watch(module: nn.Module) -> None:

@@ -20,7 +20,11 @@ _CNMIX = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _PYTHON = os.path.dirname(os.__file__) + os.sep
 # Functions of torch that are written in Python hand a call on from here: it was made further up.
 _PASSING_ON = tuple(
-    _TORCH + name for name in ("overrides.py", "functional.py", "_tensor.py", f"nn{os.sep}functional.py")
+    _TORCH + name.replace("/", os.sep)
+    for name in (
+        *("overrides.py", "functional.py", "_tensor.py", "nn/functional.py"),
+        *("_export/non_strict_utils.py", "fx/experimental/proxy_tensor.py"),  # modes of torch.export
+    )
 )
 # What torch.compile has made goes through this one, also where no graph could be made and Python runs it.
 _COMPILED = "compile_wrapper"

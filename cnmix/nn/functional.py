@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..fixed_point import FixedPoint
 from .card_tensors import apply_on_host
+from .exported import is_exporting, multiply_exported
 from .operators import traced_product
 from .products import ConvolutionGeometry, backward_products, forward_product
 from .quantizers import ModuleQuantizers
@@ -158,6 +159,8 @@ def multiply(
         (..., N), or (N, O, *output), in the dtype of ``x`` or the half type that the model computes in.
     """
     if torch.compiler.is_compiling():
+        if quantizers.frozen and is_exporting():
+            return multiply_exported(x, weight, bias, quantizers, geometry)
         return traced_product(x, weight, bias, quantizers, training, geometry)
     if torch._C._are_functorch_transforms_active():
         return apply_on_host(_TransformedProduct, x, weight, bias, quantizers, training, geometry)[0]

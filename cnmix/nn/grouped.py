@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..fixed_point import FixedPoint
-from .batched import multiply_integers, save_operands, saved_operands, transposed
+from .batched import multiply_integers, multiply_operands, save_operands, saved_operands, transposed
 from .card_tensors import apply_on_host
-from .function_calls import Call, is_multiplied, is_parameter
+from .exported import is_exporting, multiply_groups_exported
+from .function_calls import Call, is_multiplied, note_parameter
 from .quantizers import ModuleQuantizers
 
 
@@ -35,7 +36,9 @@ def grouped_mm(
     if found is None:
         return NotImplemented
     quantizers, training = found
-    quantizers.keeps_weight = is_parameter(mat2)
+    note_parameter(quantizers, mat2)
+    if quantizers.frozen and is_exporting():
+        return multiply_groups_exported(input, mat2, offs, quantizers).to(input.dtype)
     return apply_on_host(_GroupedProduct, input, mat2, offs.tolist(), quantizers, training)
 
 
@@ -51,10 +54,7 @@ class _GroupedProduct(torch.autograd.Function):
         save_operands(ctx, qx if needs_weight else None, qw if needs_x else None)
         ctx.quantizers, ctx.training, ctx.ends = quantizers, training, ends
         ctx.x_shape, ctx.weight_shape, ctx.dtypes = x.shape, weight.shape, (x.dtype, weight.dtype)
-        y = x.new_zeros(x.shape[0], weight.shape[2])  # rows behind the last group belong to none
-        for group, rows in _groups(ends):
-            y[rows] = multiply_integers(_part(qx, rows), _part(qw, group), quantizers, x.dtype)
-        return y
+        return multiply_groups(qx, qw, ends, quantizers.config.exact_int31, quantizers.fqn, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -76,6 +76,19 @@ class _GroupedProduct(torch.autograd.Function):
                 left = transposed(_part(qx, rows))
                 grad_weight[group] = multiply_integers(left, _part(qg, rows), quantizers, grad_weight.dtype)
         return grad_x, grad_weight, None, None, None
+
+
+def multiply_groups(
+    x: FixedPoint, weight: FixedPoint, ends: list[int], exact: bool, name: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Multiplies rows (M, K) by matrices (groups, K, N), of which each has the rows up to its end; (M, N) of ``dtype``.
+
+    Rows behind the last group belong to none, and are zeros.
+    """
+    y = torch.zeros((x.values.shape[0], weight.values.shape[2]), dtype=dtype)
+    for group, rows in _groups(ends):
+        y[rows] = multiply_operands(_part(x, rows), _part(weight, group), exact, name, dtype)
+    return y
 
 
 def _groups(ends: list[int]) -> list[tuple[int, slice]]:

@@ -143,13 +143,21 @@ class ModuleQuantizers:
         """Whether the weight's integers are fixed for inference."""
         return self._frozen
 
+    @property
+    def frozen_integers(self) -> FixedPoint | None:
+        """The weight's integers, where they are fixed for inference; a function's are with its first call."""
+        return self._weight_integers if self._frozen else None
+
     def quantize_weight(self, weight: Tensor, training: bool) -> FixedPoint:
         """Quantizes the weight once per version of it; micro-batches and both backward products share the integers.
 
         A version is the tensor's counter of in-place writes, its memory and, since writes through ``.data`` are not
         counted, a checksum of its values: one pass over the weight, which quantizing it includes.
         """
-        if self._frozen and self._weight_integers is not None:
+        if self._frozen:
+            if self._weight_integers is None:
+                with torch.inference_mode(False):
+                    self._weight_integers = self._weight_layout(self.weight(weight, training=False))
             return self._weight_integers
         quantizer = self.weight
         if self.weight_is_integers and training and quantizer.look_next:
@@ -340,9 +348,9 @@ class ModuleQuantizers:
         self._weight_integers = self._weight_layout(self.weight(to_host(weight.detach()), training=False))
         self._frozen = True
 
-    def freeze_at_next_use(self) -> None:
-        """Fixes the integers of a function's parameter, which it is called with, for inference."""
-        self._weight_integers, self._frozen = None, True
+    def freeze_integers(self, integers: FixedPoint | None = None) -> None:
+        """Fixes the weight's integers for inference: these, or those of the parameter that a function next gets."""
+        self._weight_integers, self._frozen = integers, True
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the settings in force, the state of each operand, and how the weight was drawn at random; plain data.

@@ -24,7 +24,8 @@ from ..fixed_point import FixedPoint
 from ..kernels import native
 from ..sequence import SequenceQuantizer
 from .card_tensors import apply_on_host, widest
-from .gates import Gates
+from .exported import formats_of, frozen_weight, is_exporting, rounding_of
+from .gates import KINDS, Gates
 from .places import module_name
 from .quantizers import ModuleQuantizers
 
@@ -100,9 +101,46 @@ def run_layer(
             f"{layer.hidden.fqn!r} computes in fixed point over a sequence, which no transform of torch.func can "
             "go through: call it without, or on a copy that cnmix.dequantize has made float again"
         )
+    if layer.hidden.frozen and is_exporting():
+        return _export_layer(x, weights, h, c, layer)
     if torch.compiler.is_compiling():  # a graph breaks here, as it does at torch's own recurrent modules
         return torch.compiler.disable(apply_on_host)(_Recurrence, x, *weights, h, c, layer)
     return apply_on_host(_Recurrence, x, *weights, h, c, layer)
+
+
+def _export_layer(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    h: Tensor,
+    c: Tensor | None,
+    layer: Layer,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs a layer as an operator that holds numbers and tensors alone."""
+    sets = [each for each in (layer.input, layer.hidden, layer.projection) if each is not None]
+    integers = [frozen_weight(each, weights[0]) for each in sets]
+    values = [each.values for each in integers]
+    mode = next(mode for mode, gates in KINDS.items() if gates is layer.gates)
+    formats: list[int] = []
+    for each, weight in zip(sets, integers, strict=True):
+        formats += [*formats_of(each)[:2], weight.bits, weight.position]
+    y, h, cell = torch.ops.cnmix.integer_recurrence(
+        x,
+        *values[:2],
+        *weights[2:4],
+        values[2] if len(values) > 2 else None,
+        h,
+        c,
+        mode,
+        list(layer.batch_sizes),
+        layer.reverse,
+        layer.fused,
+        formats,
+        [rounding_of(each)[0] for each in sets],
+        [each.config.exact_int31 for each in sets],
+        layer.fqn,
+    )
+    dtype = layer.hidden.output_dtype or x.dtype
+    return y.to(dtype), h.to(dtype), None if c is None else cell.to(dtype)
 
 
 class _Recurrence(torch.autograd.Function):
