@@ -150,7 +150,8 @@ class Affine(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C, *spatial) to the same shape."""
-        if input.dim() not in self.dimensions or input.shape[1] != self.factor.shape[0]:
+        fits = torch.jit.is_tracing() or (input.dim() in self.dimensions and input.shape[1] == self.factor.shape[0])
+        if not fits:
             raise ValueError(
                 f"{self.fqn!r} takes {' or '.join(map(str, self.dimensions))} dimensions, the second of size "
                 f"{self.factor.shape[0]}, got a tensor of shape {tuple(input.shape)}"
