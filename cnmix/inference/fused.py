@@ -359,6 +359,8 @@ class _Group:
             return plan.Multiply(operand.item() if operand.numel() == 1 else operand)
         if kind == "add":
             return plan.Add(operand.expand(channels) if operand.numel() == 1 else operand)
+        if kind == "multiply_add":
+            return plan.MultiplyAdd(*operand)
         if kind == "add_value":
             return plan.AddValue(self._find(Floats(operand), layout))
         if kind == "relu":
