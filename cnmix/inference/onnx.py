@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..version import __version__
 from .fused import FusedModel
-from .program import CONVOLUTION, LINEAR, Program, Step, run_step
+from .names import CONVOLUTION, LINEAR
+from .program import Program, Step, run_step
 
 _ONNX_TYPES = {torch.int8: 3, torch.int16: 5}  # numbers of onnx.TensorProto
 
