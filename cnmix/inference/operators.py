@@ -29,9 +29,9 @@ def quantize(x: Tensor, bits: int, position: int, rounding: str) -> FixedPoint:
 
 def quantize_each(x: Tensor, bits: int, position: int, per_entry: bool, rounding: str) -> FixedPoint | FixedPointBatch:
     """Quantizes a batch of matrices (*batch, M, K): all alike, or each at the position that fits it."""
-    if per_entry:
+    if per_entry and x.dim() > 2:
         return kernels.quantize_batch(x, bits, None, rounding, batch_dims=x.dim() - 2)[0]
-    return quantize(x, bits, position, rounding)
+    return quantize(x, bits, FITTING if per_entry else position, rounding)
 
 
 def multiply_rows(x: FixedPoint, weight: FixedPoint, bias: Tensor | None, exact: bool, name: str) -> Tensor:
