@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from . import inference
 from .evaluation import find_checkpoints, has_integers, in_batches, restore
 from .inference import OfflineModel
-from .nn import quantizer_sets
 from .recipe import build_model, load_data
 from .torch_mlu.cards import find_card
 
@@ -73,12 +72,6 @@ def export_checkpoint(
             raise ValueError(f"an {card.name} has 1 to {card.cores} cores to take, not {core_number}")
     checkpoint, saved, recipe, model = _only_checkpoint(path, module)
     model = inference.load(model, saved)
-    left = next(quantizer_sets(model), None)
-    if left is not None:
-        raise ValueError(
-            f"{checkpoint}: {left[0] or type(model).__name__!r} multiplies in fixed point what is no weight of a "
-            "linear layer or convolution, which files cannot say yet: leave it out of fixed point in training (exclude)"
-        )
     _, test = load_data(recipe)
     inputs, _ = next(iter(in_batches(test)))
     example = inputs[:1].expand(batch, *inputs.shape[1:]).contiguous()

@@ -45,8 +45,8 @@ _softmax default; log_softmax int; _log_softmax default
 sum default dim_IntList; mean default dim; prod default dim_int; amax default; amin default; max default dim;
 min default dim; argmax default; argmin default; all default dim; any default dim; cumsum default; cumprod default;
 logsumexp default; var default dim correction; std default dim correction; var_mean default dim correction;
-std_mean default dim correction; norm Scalar ScalarOpt_dim; linalg_vector_norm default; topk default; sort default;
-argsort default; median default dim; kthvalue default; cosine_similarity default
+std_mean default dim correction; norm Scalar ScalarOpt_dim; linalg_vector_norm default; topk default;
+sort default stable; argsort default stable; median default dim; kthvalue default; cosine_similarity default
 
 linear default; matmul default; mm default; bmm default; mv default; dot default; addmm default; baddbmm default;
 einsum default; outer default; scaled_dot_product_attention default; embedding default

@@ -49,7 +49,7 @@ def to_onnx(fused: FusedModel, path: str | os.PathLike[str]) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} is missing, which writes ONNX: pip install 'cnmix[onnx]'") from error
     name = type(fused.model).__name__
-    exported = _export(fused.first.program, name)
+    exported = _export(fused.stored()[0], name)
     model = exported.model
     model.producer_name, model.producer_version, model.graph.name = "cnmix", __version__, name
     model.metadata_props["cnmix"] = __version__

@@ -47,6 +47,10 @@ def _check_operand(x: Tensor, bits: int, position: int, rounding: str) -> None:
     in_range = POSITION_MIN <= position <= POSITION_MAX or position == FITTING
     need(in_range, f"positions must lie in [{POSITION_MIN}, {POSITION_MAX}], or be {FITTING}, got {position}")
     need(x.is_floating_point(), f"what is quantized must be of a float dtype, got {x.dtype}")
+    _check_rounding(rounding)
+
+
+def _check_rounding(rounding: str) -> None:
     need(rounding in _ROUNDINGS, f"rounding must be one of {', '.join(_ROUNDINGS)}")
 
 
@@ -148,6 +152,7 @@ def _check_grouped(bound: Bound) -> None:
         _check_operand(weight, weight_bits, weight_position, bound["right_rounding"])
     else:
         _check_weight(weight, weight_bits, weight_position)
+        _check_rounding(bound["right_rounding"])
     fits = x.dim() == 2 and weight.dim() == 3 and x.shape[1] == weight.shape[1] and 0 not in weight.shape
     need(fits, f"rows {tuple(x.shape)} do not fit groups {tuple(weight.shape)}")
     of_integers = ends.dtype in (torch.int32, torch.int64)

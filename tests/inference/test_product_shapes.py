@@ -203,6 +203,7 @@ WRONG = {
             torch.zeros(2, dtype=torch.bool)],
         3: [*FORMATS, [8, -4, 8, FITTING]],
         4: ["stochastic"],
+        5: ["stochastic"],
     },
     RECURRENCE: {
         0: [torch.zeros(5, 3), torch.zeros(4, 4), torch.zeros(5), torch.zeros(5, 4).int()],
