@@ -62,7 +62,8 @@ class IntegerLinear(IntegerModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         x = check_input(input, self, "weight", self.fqn)
-        if x.dim() == 0 or x.shape[-1] != self.integers.shape[1]:
+        # While torch.jit traces, sizes are tensors, and comparing them warns.
+        if x.dim() == 0 or (not torch.jit.is_tracing() and x.shape[-1] != self.integers.shape[1]):
             raise ValueError(
                 f"{self.fqn!r} takes {self.integers.shape[1]} features in the last dimension, got a tensor of shape "
                 f"{tuple(x.shape)}"
@@ -78,7 +79,7 @@ class _IntegerConv(IntegerModule, nn.modules.conv._ConvNd):
         x = check_input(input, self, "weight", self.fqn)
         spatial = len(self.kernel_size)
         channels = x.shape[-spatial - 1] if x.dim() in (spatial + 1, spatial + 2) else None
-        if channels != self.in_channels:
+        if not torch.jit.is_tracing() and channels != self.in_channels:
             raise ValueError(
                 f"{self.fqn!r} takes (batch, {self.in_channels} channels, {spatial} spatial dimensions), with or "
                 f"without the batch, got a tensor of shape {tuple(x.shape)}"
@@ -149,7 +150,8 @@ class Affine(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C, *spatial) to the same shape."""
-        if input.dim() not in self.dimensions or input.shape[1] != self.factor.shape[0]:
+        fits = torch.jit.is_tracing() or (input.dim() in self.dimensions and input.shape[1] == self.factor.shape[0])
+        if not fits:
             raise ValueError(
                 f"{self.fqn!r} takes {' or '.join(map(str, self.dimensions))} dimensions, the second of size "
                 f"{self.factor.shape[0]}, got a tensor of shape {tuple(input.shape)}"

@@ -39,7 +39,8 @@ def export(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
         The program, and the structure of what the model returns, as ``torch.utils._pytree`` describes it.
 
     Raises:
-        ValueError: if the model is in training, or ``torch.export`` cannot follow it.
+        ValueError: if the model is in training, ``torch.export`` cannot follow it, or it writes to its buffers or
+            inputs.
     """
     name = type(model).__name__
     if model.training:
@@ -56,7 +57,15 @@ def export(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
             f"torch.export cannot follow {_place_of(error, model)}, so that {name} cannot be fused: keep it as it is, "
             f"or fuse the parts of it whose code does not go by the numbers in tensors. It says: {reason}"
         ) from error
-    return simplified(_program(exported)), exported.call_spec.out_spec
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        raise ValueError(f"{name} writes to {', '.join(written)}, so that it cannot be fused")
+    try:
+        program = _program(exported)
+    except RuntimeError as error:  # of a size that is no number
+        raise ValueError(f"{name} has tensors whose sizes depend on numbers, so that it cannot be fused") from error
+    return simplified(program), exported.call_spec.out_spec
 
 
 def _place_of(error: Exception, model: nn.Module) -> str:
@@ -169,7 +178,9 @@ def _add_call(made: Program, node: torch.fx.Node, names: dict[torch.fx.Node, Any
         return
     if not isinstance(target, torch._ops.OpOverload):
         raise ValueError(f"the model calls {target}, which is no operator on tensors")
-    value = node.meta["val"]
+    value = node.meta.get("val")
+    if value is None:  # a check of what is known when it is fused
+        return
     several = not isinstance(value, Tensor)
     outputs: list[str | None] = [None] * len(value) if several else [node.name]
     if several:

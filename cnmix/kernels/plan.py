@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..fixed_point import storage_dtype
 from . import native
 from .native import structures
 from .native.structures import Place, Step, Steps, Windows
@@ -23,6 +22,7 @@ from .plan_chain import (
     ARENA,
     Add,
     AddValue,
+    Bounded,
     Clamp,
     LeakyRelu,
     Multiply,
@@ -31,13 +31,29 @@ from .plan_chain import (
     Stage,
     Store,
     Value,
-    aligned,
-    lay_out,
+    check_chain,
+    encode,
+    simplify,
 )
+from .plan_memory import aligned, lay_out, note_replaced
 from .plan_weights import Weights, arrange, gather_columns, pack_depthwise
 from .reference import output_size
 
-_MOST_STAGES = 32  # of plan.h
+__all__ = [
+    "Add",
+    "AddValue",
+    "Clamp",
+    "LeakyRelu",
+    "Multiply",
+    "Plan",
+    "Quantize",
+    "Relu",
+    "Stage",
+    "Store",
+    "Value",
+    "serves",
+]
+
 _MOST_TAPS = 131071  # int8 products whose sum fits int32: 131072 * 2**14 is 2**31
 _STEP = {name: i for i, name in enumerate(("product", "depthwise", "elements", "max_pool", "copy", "enlarge"))}
 
@@ -143,7 +159,8 @@ class Plan:
             weights = gather_columns(weight, step.arrangement, windows, groups)
         step.tiles = weights.tiles
         self._weights.append((step, weights))
-        self._add(step, source, None, chain)
+        largest = weight.detach().flatten(1).short().abs().sum(1).max().item() if weight.numel() else 0
+        self._add(step, source, None, chain, 128.0 * largest)
 
     def elements(self, source: Value, chain: Sequence[Stage]) -> None:
         """Applies a chain to the elements of a float32 value."""
@@ -152,7 +169,7 @@ class Plan:
         step = Step(_STEP["elements"])
         step.rows, step.channels, step.bytes = source.rows, source.channels, 4
         step.windows.images = source.shape[0]
-        self._add(step, source, None, chain)
+        self._add(step, source, None, chain, source.bound)
 
     def max_pool(
         self,
@@ -185,7 +202,7 @@ class Plan:
         step = Step(_STEP["max_pool"])
         step.rows, step.channels, step.bytes = target.rows, target.channels, source.dtype.itemsize
         step.windows = _windows(source.shape[0], source.shape[2:], geometry, source.channels, source.channels)
-        self._add(step, source, target, ())
+        self._add(step, source, target, (), source.bound)
 
     def concatenate(self, sources: Sequence[Value], target: Value) -> None:
         """Puts the channels of values of equal rows side by side."""
@@ -199,7 +216,7 @@ class Plan:
             step.rows, step.channels = target.rows, source.channels
             step.windows.run = step.source_stride = source.channels * source.dtype.itemsize
             step.target_stride = target.channels * target.dtype.itemsize
-            self._add(step, source, target, (), first * target.dtype.itemsize, again=first > 0)
+            self._add(step, source, target, (), source.bound, first * target.dtype.itemsize, again=first > 0)
             first += source.channels
 
     def upsample_nearest(self, source: Value, target: Value) -> None:
@@ -218,7 +235,7 @@ class Plan:
         run = source.channels * source.dtype.itemsize
         geometry = native.WindowGeometry(output, ones, ones, ones, (0,) * len(size), ones)
         step.windows = _windows(source.shape[0], size, geometry, run, run)
-        self._add(step, source, target, ())
+        self._add(step, source, target, (), source.bound)
 
     def finish(self) -> None:
         """Lays out memory and packs weights; no step can be added any more."""
@@ -249,8 +266,9 @@ class Plan:
         """Runs the steps.
 
         Args:
-            inputs: tensors of the inputs' shapes and types, in the order of their declaration; anything that is not
-                channels last is copied first, unless only steps on elements read it.
+            inputs: tensors of the inputs' shapes and types, in the order of their declaration, or of a whole number of
+                times their first dimension: then the steps run so many times, which keeps what is between them in the
+                cache. Anything that is not channels last is copied first, unless only steps on elements read it.
             outputs: memory for the outputs, channels last.
 
         Returns:
@@ -277,26 +295,28 @@ class Plan:
         if len(inputs) != len(self._inputs) or len(outputs) != len(self._outputs):
             raise ValueError(f"the plan takes {len(self._inputs)} inputs and {len(self._outputs)} outputs")
         count = 1 + len(inputs) + len(outputs)
-        bases, planes = (ctypes.c_void_p * count)(self._arena.data_ptr()), (ctypes.c_int64 * count)()
+        bases, numbers = (ctypes.c_void_p * count)(self._arena.data_ptr()), ctypes.c_int64 * count
+        strides, planes = numbers(), numbers()
         kept = []
+        turns = _turns([*inputs, *outputs], [*self._inputs, *self._outputs])
         for tensor, value in zip(inputs, self._inputs, strict=True):
-            _check(tensor, value)
             if not _channels_last(tensor):
                 if value.planes and tensor.is_contiguous():
                     planes[value.base] = 1
                 else:
                     tensor = tensor.movedim(1, -1).contiguous()
             kept.append(tensor)
-            bases[value.base] = tensor.data_ptr()
+            bases[value.base], strides[value.base] = tensor.data_ptr(), value.bytes
         for tensor, value in zip(outputs, self._outputs, strict=True):
-            _check(tensor, value)
             if not _channels_last(tensor):
                 raise ValueError(
                     f"the memory of the output {value} must be channels last, not of strides {tensor.stride()}"
                 )
-            bases[value.base] = tensor.data_ptr()
+            bases[value.base], strides[value.base] = tensor.data_ptr(), value.bytes
+        run = structures.Run(*(ctypes.addressof(array) for array in (bases, strides, planes)), turns)
+        run.seconds = None if seconds is None else ctypes.addressof(seconds)
         with self._lock:
-            outcome = library.cnmix_run_plan(ctypes.byref(self._array), bases, planes, seconds)
+            outcome = library.cnmix_run_plan(ctypes.byref(self._array), ctypes.byref(run))
         if outcome == 2:
             raise MemoryError("no memory for the rows that a thread of a plan prepares")
         return outcome == 0
@@ -307,6 +327,7 @@ class Plan:
         source: Value,
         target: Value | None,
         chain: Sequence[Stage],
+        bound: float,
         more: int = 0,
         again: bool = False,
     ) -> None:
@@ -320,65 +341,25 @@ class Plan:
         step.target.base = -1
         if target is not None:
             self._write(target, index, again)
+            target.bound = max(bound, target.bound) if again else bound
             self._places.append((step.target, target, more))
-        if len(chain) > _MOST_STAGES:
-            raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
-        stages = (structures.Stage * len(chain))(
-            *(self._stage(stage, step.rows, step.channels, index) for stage in chain)
-        )
-        for stage, made in zip(chain, stages, strict=True):
-            if isinstance(stage, (AddValue, Store, Quantize)):
-                self._places.append((made.place, stage.value, 0))
-        self._find_replaced(source, chain)
+        check_chain(chain, step.rows, step.channels)
+        for stage in chain:
+            if isinstance(stage, AddValue):
+                self._read(stage.value, index)
+                stage.value.planes = False
+            elif isinstance(stage, (Store, Quantize)):
+                self._write(stage.value, index)
+        note_replaced(source, chain)
+        simple = simplify(chain, bound)
+        stages = (structures.Stage * len(simple))(*(encode(stage, self._kept) for stage in simple))
+        for operation, made in zip(simple, stages, strict=True):
+            if isinstance(operation, (AddValue, Store, Quantize, Bounded)):
+                made.stride = step.channels
+                self._places.append((made.place, operation.value, 0))
         self._kept.append(stages)
-        step.stages, step.stage_count = stages, len(chain)
+        step.stages, step.stage_count = stages, len(simple)
         self._steps.append(step)
-
-    @staticmethod
-    def _find_replaced(source: Value, chain: Sequence[Stage]) -> None:
-        """Notes which value a stored one may take the place of: the only one that was added, before."""
-        added = [i for i, stage in enumerate(chain) if isinstance(stage, AddValue)]
-        stored = [i for i, stage in enumerate(chain) if isinstance(stage, Store)]
-        if len(added) == 1 and stored and added[0] < stored[0]:
-            before, after = chain[added[0]], chain[stored[0]]
-            if isinstance(before, AddValue) and isinstance(after, Store) and before.value is not source:
-                after.value.over = before.value
-
-    def _stage(self, stage: Stage, rows: int, channels: int, index: int) -> structures.Stage:
-        if isinstance(stage, (Multiply, Add)):
-            values = stage[0]
-            if not isinstance(values, Tensor):
-                return structures.Stage(1, None, values)
-            if values.dtype != torch.float32 or tuple(values.shape) != (channels,):
-                raise ValueError(
-                    f"constants of {channels} channels are float32 ({channels},), not {tuple(values.shape)}"
-                )
-            # Registers of sixteen are read at once.
-            padded = torch.cat((values.detach(), values.new_zeros(16)))
-            self._kept.append(padded)
-            return structures.Stage(0 if isinstance(stage, Multiply) else 2, padded.data_ptr())
-        if isinstance(stage, Relu):
-            return structures.Stage(4)
-        if isinstance(stage, LeakyRelu):
-            return structures.Stage(5, None, stage.slope)
-        if isinstance(stage, Clamp):
-            return structures.Stage(6, None, stage.low, stage.high)
-        value = stage.value
-        dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
-        if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
-            raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
-        made = structures.Stage(3)
-        if isinstance(stage, AddValue):
-            self._read(value, index)
-            value.planes = False
-        else:
-            self._write(value, index)
-            made.kind = 7
-        if isinstance(stage, Quantize):
-            made.kind = {8: 8, 16: 9}[stage.bits]
-            made.number, made.other = _scale(-stage.position)
-        made.stride = channels
-        return made
 
     def _read(self, value: Value, index: int) -> None:
         if value.written is None or value.written == index:
@@ -392,13 +373,6 @@ class Plan:
         value.read = index if value.read is None else max(index, value.read)
 
 
-def _scale(exponent: int) -> tuple[float, float]:
-    """Returns a power of two as two float32 factors; the second is 1 where one is enough."""
-    if -126 <= exponent <= 127:
-        return math.ldexp(1.0, exponent), 1.0
-    return math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
-
-
 def _windows(images: int, size: Sequence[int], geometry: native.WindowGeometry, run: int, pixel: int) -> Windows:
     windows = Windows(images, run, pixel)
     missing = 3 - len(size)
@@ -409,9 +383,16 @@ def _windows(images: int, size: Sequence[int], geometry: native.WindowGeometry, 
     return windows
 
 
-def _check(tensor: Tensor, value: Value) -> None:
-    if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype or tensor.device.type != "cpu":
-        raise ValueError(f"the plan takes {value}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
+def _turns(tensors: Sequence[Tensor], values: Sequence[Value]) -> int:
+    """Returns how many times the tensors have the values' N, after a check of everything else."""
+    turns = max(
+        (len(x) // max(1, value.shape[0]) for x, value in zip(tensors, values, strict=True) if x.dim()), default=1
+    )
+    for x, value in zip(tensors, values, strict=True):
+        shape = (turns * value.shape[0], *value.shape[1:])
+        if tuple(x.shape) != shape or x.dtype != value.dtype or x.device.type != "cpu":
+            raise ValueError(f"the plan takes {value}, not {x.dtype} {tuple(x.shape)} on {x.device}")
+    return turns
 
 
 def _channels_last(tensor: Tensor) -> bool:

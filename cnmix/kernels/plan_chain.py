@@ -1,4 +1,4 @@
-"""What a plan is made of: values in memory, and chains of float32 operations on every element."""
+"""What a plan is made of: values in memory, and chains of float32 operations on every element that a step makes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..fixed_point import storage_dtype
+from .native import structures
+
+# StageKind of plan.h.
+_KINDS = (
+    *("multiply", "multiply number", "add", "add value", "relu", "leaky relu", "clamp", "store"),
+    *("quantize 8", "quantize 16", "bounded"),
+)
+_MOST_STAGES = 32  # of plan.h
 ARENA = 0  # the address that inner values count from; each input and output has one of its own
-_ALIGNMENT = 64  # bytes; a line of the cache
 
 
 class Value:
@@ -34,6 +42,7 @@ class Value:
         self.base, self.offset = base, 0
         self.written: int | None = None  # the first step that writes it
         self.read: int | None = None  # the last one that reads it
+        self.bound = 128.0 if dtype == torch.int8 else math.inf  # of magnitudes; infinite also where NaN may be
         self.over: Value | None = None  # what its elements are sums with, in the step that writes it
         self.planes = True  # whether it may lie channel by channel: nothing reads it but steps on elements
 
@@ -98,40 +107,157 @@ class Quantize(NamedTuple):
 Stage: TypeAlias = Multiply | Add | AddValue | Relu | LeakyRelu | Clamp | Store | Quantize
 
 
-def aligned(size: int) -> int:
-    """Returns the bytes with which the next value begins at a line of the cache."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+class Bounded(NamedTuple):
+    """Writes int8 as ``Quantize`` does, of elements that are known to be finite and to fit int32 when scaled.
 
-
-def lay_out(values: Sequence[Value]) -> int:
-    """Places inner values so that those which are needed at the same time do not overlap; returns the bytes of all.
-
-    The largest first, each at the lowest place that is free for its time. A value that replaces one that it is made of,
-    element by element, takes its place: sums with a residual then go through half the cache.
+    Attributes:
+        value: int8.
+        scale: a power of two.
+        positive: whether negative integers become zero.
     """
-    times: dict[Value, tuple[int, int]] = {}
-    homes: dict[Value, Value] = {}
-    for value in sorted((v for v in values if v.written is not None), key=lambda v: v.written or 0):
-        over = value.over
-        written, read = value.written or 0, value.read or 0
-        if over is not None and over.base == ARENA and over.read == written:
-            home = homes[value] = homes[over]
-            times[home] = times[home][0], max(times[home][1], read)
+
+    value: Value
+    scale: float
+    positive: bool
+
+
+_SCALED_LIMIT = 2.0**30  # int32, with room for rounding
+_FLOAT_LIMIT = 2.0**127  # of float32, with room for rounding
+_ROUNDING = 1 + 2.0**-20  # what a float32 operation may add to a bound, generously
+_EXACT = 2.0**-60, 2.0**60  # constants that powers of two may move without leaving the normal numbers
+
+
+def simplify(chain: Sequence[Stage], bound: float) -> list[Stage | Bounded]:
+    """Returns stages of the same results that take fewer instructions, and notes the bounds of stored values.
+
+    Args:
+        chain: stages.
+        bound: of the magnitudes of the elements that it begins with.
+    """
+    stages = _join_factors(chain)
+    made: list[Stage | Bounded] = []
+    for stage in stages:
+        if isinstance(stage, Multiply):
+            bound *= _largest(stage.factors) * _ROUNDING
+        elif isinstance(stage, Add):
+            bound = (bound + _largest(stage.terms)) * _ROUNDING
+        elif isinstance(stage, AddValue):
+            bound = (bound + stage.value.bound) * _ROUNDING
+        elif isinstance(stage, LeakyRelu):
+            bound *= max(1.0, abs(stage.slope)) * _ROUNDING
+        elif isinstance(stage, Clamp) and math.isfinite(bound):
+            bound = max(abs(stage.low), abs(stage.high))
+        elif isinstance(stage, Store):
+            stage.value.bound = bound
+        bound = bound if bound < _FLOAT_LIMIT else math.inf  # it may be NaN
+        if (
+            isinstance(stage, Quantize)
+            and stage.bits == 8
+            and -60 <= stage.position <= 60
+            and math.ldexp(bound, -stage.position) < _SCALED_LIMIT
+        ):
+            made.append(Bounded(stage.value, math.ldexp(1.0, -stage.position), False))
         else:
-            homes[value] = value
-            times[value] = written, read
-    placed: list[Value] = []
-    end = 0
-    for value in sorted(times, key=lambda value: -value.bytes):
-        first, last = times[value]
-        at = 0
-        for other in sorted(placed, key=lambda other: other.offset):
-            together = first <= times[other][1] and times[other][0] <= last
-            if together and at + value.bytes > other.offset and at < other.offset + other.bytes:
-                at = aligned(other.offset + other.bytes)
-        value.offset = at
-        placed.append(value)
-        end = max(end, at + value.bytes)
-    for value, home in homes.items():
-        value.offset = home.offset
-    return aligned(end)
+            made.append(stage)
+    last = made[-1] if made else None
+    if isinstance(last, Bounded):
+        before, scale = _scale_constants(made[:-1], last.scale)
+        positive = bool(before) and isinstance(before[-1], Relu)
+        made = [*(before[:-1] if positive else before), Bounded(last.value, scale, positive)]
+    return made
+
+
+def check_chain(chain: Sequence[Stage], rows: int, channels: int) -> None:
+    """Raises ValueError where stages do not fit elements of so many rows and channels."""
+    if len(chain) > _MOST_STAGES:
+        raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
+    for stage in chain:
+        if isinstance(stage, (Multiply, Add)) and isinstance(stage[0], Tensor):
+            constants = stage[0]
+            if constants.dtype != torch.float32 or tuple(constants.shape) != (channels,):
+                raise ValueError(
+                    f"constants of {channels} channels are float32 ({channels},), not {tuple(constants.shape)}"
+                )
+        if isinstance(stage, (AddValue, Store, Quantize)):
+            value = stage.value
+            dtype = storage_dtype(stage.bits) if isinstance(stage, Quantize) else torch.float32
+            if (value.rows, value.channels, value.dtype) != (rows, channels, dtype):
+                raise ValueError(f"{type(stage).__name__} of {rows} rows of {channels} channels cannot be of {value}")
+
+
+def encode(stage: Stage | Bounded, kept: list[object]) -> structures.Stage:
+    """Describes a stage to the compiled part, but for its place; appends to ``kept`` what it points to."""
+    if isinstance(stage, (Multiply, Add)):
+        values = stage[0]
+        if not isinstance(values, Tensor):
+            return structures.Stage(_KINDS.index("multiply number"), None, values)
+        # Registers of sixteen are read at once.
+        padded = torch.cat((values.detach(), values.new_zeros(16)))
+        kept.append(padded)
+        return structures.Stage(_KINDS.index("multiply" if isinstance(stage, Multiply) else "add"), padded.data_ptr())
+    if isinstance(stage, Quantize):
+        return structures.Stage(_KINDS.index(f"quantize {stage.bits}"), None, *_scale(-stage.position))
+    if isinstance(stage, Bounded):
+        return structures.Stage(_KINDS.index("bounded"), None, stage.scale, stage.positive)
+    if isinstance(stage, LeakyRelu):
+        return structures.Stage(_KINDS.index("leaky relu"), None, stage.slope)
+    if isinstance(stage, Clamp):
+        return structures.Stage(_KINDS.index("clamp"), None, stage.low, stage.high)
+    kinds: dict[type, str] = {AddValue: "add value", Relu: "relu", Store: "store"}
+    return structures.Stage(_KINDS.index(kinds[type(stage)]))
+
+
+def _scale(exponent: int) -> tuple[float, float]:
+    """Returns a power of two as two float32 factors; the second is 1 where one is enough."""
+    if -126 <= exponent <= 127:
+        return math.ldexp(1.0, exponent), 1.0
+    return math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+
+
+def _join_factors(chain: Sequence[Stage]) -> list[Stage]:
+    """Puts a power of two and the factors that follow it together."""
+    joined: list[Stage] = []
+    for stage in chain:
+        before = joined[-1] if joined else None
+        if isinstance(stage, Multiply) and isinstance(before, Multiply) and isinstance(before.factors, float):
+            product = stage.factors * before.factors
+            if math.frexp(before.factors)[0] == 0.5 and _movable(stage.factors) and _movable(product):
+                joined[-1] = Multiply(product)
+                continue
+        joined.append(stage)
+    return joined
+
+
+def _scale_constants(stages: list[Stage | Bounded], scale: float) -> tuple[list[Stage | Bounded], float]:
+    """Moves the scale of a last ``Bounded`` into the constants before it, where nothing in between needs the elements.
+
+    A power of two commutes with every rounding as long as no number is subnormal.
+    """
+    made: list[Stage | Bounded] = []
+    for i in range(len(stages) - 1, -1, -1):
+        stage = stages[i]
+        if isinstance(stage, Relu):
+            made.append(stage)
+            continue
+        if isinstance(stage, LeakyRelu) and (stage.slope == 0 or abs(stage.slope) > 2.0**-30):
+            made.append(stage)
+            continue
+        if isinstance(stage, (Multiply, Add)) and _movable(stage[0]) and _movable(stage[0] * scale):
+            made.append(type(stage)(stage[0] * scale))  # type: ignore[arg-type]
+            if isinstance(stage, Multiply):
+                return [*stages[:i], *reversed(made)], 1.0
+            continue
+        break
+    return stages, scale
+
+
+def _movable(constants: Tensor | float) -> bool:
+    sizes = constants.abs() if isinstance(constants, Tensor) else torch.tensor([abs(constants)])
+    low, high = _EXACT
+    return bool(((sizes == 0) | ((sizes >= low) & (sizes <= high))).all())
+
+
+def _largest(constants: Tensor | float) -> float:
+    if not isinstance(constants, Tensor):
+        return abs(constants)
+    return constants.detach().abs().max().item() if constants.numel() else 0.0

@@ -13,7 +13,8 @@ from torch import Tensor
 from .native.structures import Windows
 
 # Of plan.h: how a product meets its rows.
-LYING_ROWS, IMAGE_LINES, GATHERED_WINDOWS = range(3)
+LYING_ROWS, IMAGE_LINES, GATHERED_WINDOWS, LINE_WINDOWS = range(4)
+_QUICK_START = 32  # bytes, of plan.h: rows that begin elsewhere are copied
 _DEPTH = 64  # of K in a tile
 _ROWS = 16  # of a tile
 _LANES = 64  # channels that a depthwise convolution multiplies at once
@@ -55,7 +56,7 @@ class Weights:
 
 
 def arrange(windows: Windows, groups: int) -> int:
-    """Chooses how a product meets its rows: as they lie, as lines of the image, or gathered window by window."""
+    """Chooses how a product meets its rows: as they lie, from lines of the image, or gathered window by window."""
     kernel, stride, before = list(windows.kernel), list(windows.stride), list(windows.before)
     if math.prod(kernel) == math.prod(stride) == 1 and not any(before):
         return LYING_ROWS
@@ -63,10 +64,13 @@ def arrange(windows: Windows, groups: int) -> int:
     if not flat or windows.images * windows.output[1] < _FEW_LINES:
         return GATHERED_WINDOWS
     line = (windows.output[2] * stride[2] + kernel[2] * windows.dilation[2]) * windows.pixel
-    depth = kernel[1] * sum(_up(run, _DEPTH) for run in _runs(windows, groups))
-    if depth > _LONGER * _up(math.prod(kernel) * windows.run, _DEPTH):
+    if line * kernel[1] > _LINE_BYTES:
         return GATHERED_WINDOWS
-    return IMAGE_LINES if line * kernel[1] <= _LINE_BYTES else GATHERED_WINDOWS
+    runs = _runs(windows, groups)
+    if windows.pixel % _QUICK_START and len(runs) == 1:
+        return LINE_WINDOWS
+    depth = kernel[1] * sum(_up(run, _DEPTH) for run in runs)
+    return GATHERED_WINDOWS if depth > _LONGER * _up(math.prod(kernel) * windows.run, _DEPTH) else IMAGE_LINES
 
 
 def gather_columns(weight: Tensor, arrangement: int, windows: Windows, groups: int) -> Weights:

@@ -120,6 +120,7 @@ def _register(mlu_model: ModuleType) -> None:
     from .fixed_products import register_products
     from .pytorch_names import register_names
     from .queues import register_queues
+    from .traced_modules import register_traces
 
     loaded = library()
     torch.utils.rename_privateuse1_backend("mlu")
@@ -138,5 +139,6 @@ def _register(mlu_model: ModuleType) -> None:
     register_data_parallel()
     register_queues()
     register_names()
+    register_traces()
     # A backward pass on this thread: another thread would have OpenMP threads of its own, on the same cores.
     torch.autograd.set_multithreading_enabled(False)

@@ -33,9 +33,14 @@ def set_up_logs() -> None:
     card = logging.getLogger(_CARD_LOG)
     if not card.handlers:
         card.addHandler(_Screen())
-    _set_level(card, "TORCH_MIN_CNLOG_LEVEL", _CARD_LEVELS)
-    _set_level(logging.getLogger(_MAGICMIND_LOG), "MM_CPP_MIN_LOG_LEVEL", _MAGICMIND_LEVELS)
+    read_levels()
     _watch(os.environ.get("TORCH_MIN_CNLOG_LEVEL", "").strip() == "-1")
+
+
+def read_levels() -> None:
+    """Sets both loggers to the levels that the environment names now; one that it does not name stays."""
+    _set_level(logging.getLogger(_CARD_LOG), "TORCH_MIN_CNLOG_LEVEL", _CARD_LEVELS)
+    _set_level(logging.getLogger(_MAGICMIND_LOG), "MM_CPP_MIN_LOG_LEVEL", _MAGICMIND_LEVELS)
 
 
 def _set_level(logger: logging.Logger, variable: str, levels: dict[str, int]) -> None:

@@ -24,6 +24,7 @@ class Settings:
         core_number: of an offline model.
         core_version: the card that an offline model is for; empty is this one.
         input_format: the order of an image's channels, 0 to 3.
+        fuses: whether traced modules run fused.
         offline_model: the name of the offline model that the next trace shall leave; empty for none.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     core_number: int = 1
     core_version: str = ""
     input_format: int = 0
+    fuses: bool = True
     offline_model: str = ""
 
     @property

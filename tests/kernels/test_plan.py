@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from cnmix.kernels import native, plan
 from cnmix.kernels.plan import Add, AddValue, Clamp, LeakyRelu, Multiply, Plan, Quantize, Relu, Store
-from cnmix.kernels.reference import output_size
 
 from .strategies import FILLS, integers
 from .strategies import same_bits as same_floats
@@ -282,9 +281,74 @@ def residual_network(blocks=5, channels=40, size=9):
 def test_values_share_memory():
     made, x, outputs, expected = residual_network()
     results = run(made, [x], outputs, threads=(1, 2, 3))
+    assert len(made.profile([x], results)) == 13
     assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
     # A sum with a residual takes its place, and no block needs memory of its own.
     assert made.arena_bytes < 2 * x.numel() * 4 + 3 * x.numel()
+
+
+@pytest.mark.parametrize("position", [-6, -1, 3])
+@pytest.mark.parametrize("middle", [Relu(), LeakyRelu(0.1), Clamp(-20.0, 30.0)])
+def test_integers_of_bounded_sums(position, middle):
+    """No element can be infinite where only integers come in: such chains take shorter ways."""
+    x, weight, more = (
+        integers((1, 48, 9, 7), 8),
+        integers((40, 48, 1, 1), 8, seed=1),
+        integers((40, 48, 1, 1), 8, seed=2),
+    )
+    factors, terms = torch.rand(40) * 2.0**-9, torch.randn(40) * 100
+    sums, others = exact_sums(x, weight, (1, 1), (0, 0), (1, 1)), exact_sums(x, more, (1, 1), (0, 0), (1, 1))
+    stages = [Multiply(0.5), Multiply(factors), Add(terms), middle]
+    (known,) = reference_chain(sums, [*stages, Store(None)])
+    (residual,) = reference_chain(others, [Multiply(2.0**-8), Store(None)])
+    (total,) = reference_chain(known, [AddValue(residual), Relu(), Store(None)])
+    made, shape = Plan(), sums.shape
+    source, inside, integer = (
+        made.input(x.shape, torch.int8),
+        made.value(shape, torch.float32),
+        made.output(shape, torch.int8),
+    )
+    floats, both = made.output(shape, torch.float32), made.output(shape, torch.int8)
+    made.product(source, weight, [*stages, Quantize(integer, 8, position)])
+    made.product(source, more, [Multiply(2.0**-8), Store(inside)])
+    made.product(source, weight, [*stages, AddValue(inside), Relu(), Store(floats), Quantize(both, 8, position)])
+    results = run(made, [x], [integer, floats, both])
+    for result, expected in zip(
+        results, (to_integers(known, 8, position), total, to_integers(total, 8, position)), strict=True
+    ):
+        assert same_bits(result, expected)
+
+
+@pytest.mark.parametrize(
+    "constants", [[Multiply(float("inf"))], [Multiply(1e38), Multiply(1e30)], [Add(torch.full((4,), torch.nan))]]
+)
+def test_constants_that_are_not_finite(constants):
+    x, weight = integers((3, 8), 8), integers((4, 8), 8, seed=1)
+    made = Plan()
+    source, target = made.input(x.shape, torch.int8), made.output((3, 4), torch.int8)
+    made.product(source, weight, [*constants, Relu(), Quantize(target, 8, 0)])
+    made.finish()
+    assert not made.run([x], [empty(target)])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_larger_batches_take_turns(last):
+    made, x, outputs, _ = residual_network(blocks=2)
+    made.finish()
+    parts = [x, x * 2, x.flip(0)]
+    expected = [[empty(value) for value in outputs] for _ in parts]
+    for part, results in zip(parts, expected, strict=True):
+        assert made.run([part], results)
+    batch = torch.cat(parts)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results = [channels_last(torch.zeros(6, *value.shape[1:], dtype=value.dtype)) for value in outputs]
+        assert made.run([channels_last(batch) if last else batch], results)
+        assert all(same_bits(a, torch.cat(b)) for a, b in zip(results, zip(*expected, strict=True), strict=True))
+    with pytest.raises(ValueError, match="the plan takes Value"):
+        made.run([batch], expected[0])
+    with pytest.raises(ValueError, match="the plan takes Value"):
+        made.run([batch[:5]], [result[:5] for result in results])
 
 
 def test_any_thread_may_run_a_plan():
@@ -409,12 +473,3 @@ def test_mistakes_are_named():
         made.run([torch.zeros(2, 8)], [torch.zeros(8, 2).t()])
     with pytest.raises(ValueError, match="finished"):
         made.elements(rows, [])
-
-
-def test_output_sizes_are_those_of_the_reference():
-    made = Plan()
-    source = made.input((1, 3, 20, 31), torch.int8)
-    size = output_size((20, 31), (3, 5), (2, 3), (1, 2), (2, 1))
-    target = made.output((1, 4, *size), torch.float32)
-    made.product(source, integers((4, 3, 3, 5), 8), [Store(target)], stride=(2, 3), padding=(1, 2), dilation=(2, 1))
-    assert made.profile is not None

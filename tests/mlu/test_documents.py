@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cnmix.torch_mlu.fusion_groups import FusionGroup
 from cnmix.torch_mlu.settings import settings
 
 
@@ -93,6 +94,12 @@ def small_network() -> nn.Module:
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)).eval()
 
 
+def fused_groups(module: Any) -> list[str]:
+    """The names of the groups of the last program that a traced module has made."""
+    program, _ = list(module.forward._made.values())[-1]
+    return [part.name for part in program.parts if isinstance(part, FusionGroup)]
+
+
 class TestBasics:
     def test_settings_and_pretrained_models(self, torchvision: ModuleType) -> None:
         given: dict[str, Any] = {"torch": torch, "args": SimpleNamespace(core_number=4, mcore="MLU270", input_format=0)}
@@ -144,6 +151,7 @@ class TestBasics:
 class TestFusedInference:
     def test_the_switch(self) -> None:
         run("fused_inference", ["switch"], {})
+        assert not settings().fuses
 
     def test_single_operators(self) -> None:
         given: dict[str, Any] = {}
@@ -151,7 +159,9 @@ class TestFusedInference:
         assert given["out_mlu"].is_mlu
         weight, bias = given["n"].conv.weight.cpu(), given["n"].conv.bias.cpu()
         assert torch.allclose(given["out_cpu"], F.conv2d(given["input"], weight, bias), atol=1e-6)
+        assert fused_groups(given["module"]) == ["MLUFusionGroup_0"]  # of other shapes than the example
         run("fused_inference", ["relu"], given)
+        assert fused_groups(given["module"]) == ["MLUFusionGroup_0"]
         assert torch.equal(given["out_cpu"], given["input"].relu())
 
     @pytest.mark.parametrize(
@@ -171,6 +181,10 @@ class TestFusedInference:
         assert given["output"].is_mlu
         assert given["output"].dtype == dtype
         assert F.mse_loss(given["output"].cpu().float(), expected).item() <= tolerance
+        assert fused_groups(given["traced_model"]) == ["MLUFusionGroup_0"]
+        given["ct"]._jit_override_can_fuse_on_mlu(False)
+        x = given["input1"].to(dtype).to("mlu")
+        assert torch.equal(given["traced_model"](x), given["output"])
 
 
 class TestTools:
@@ -304,5 +318,5 @@ class TestYolo:
         run("yolov3", ["report"], {"opt": opt, "total_e2e": 31.0, "total_hardware": 15.5})
         assert capsys.readouterr().out == "Throughput(fps): 16.0\nLatency(ms): 500.0\n"
         run("yolov3", ["offline"], {"torch_mlu": torch_mlu})
-        assert settings().offline_model == "yolov3"
-        torch_mlu.core.mlu_model.save_as_cambricon("")
+        torch.jit.trace(small_network(), torch.rand(1, 3, 16, 16))
+        assert Path("yolov3.cambricon").exists()

@@ -366,4 +366,5 @@ def test_traced_modules_compute_what_they_did(device: str, gradients: bool) -> N
         assert torch.equal(traced(2 * x), net(2 * x))
         assert str(traced.inlined_graph).count("aten::_convolution") == 2
         names = names_of(lambda: traced(x))
-        assert names.count("convolution_overrideable") == (2 if device == CARD else 0)
+        # Without gradients it runs fused, and what is in a group is not seen.
+        assert names.count("convolution_overrideable") == (2 if device == CARD and gradients else 0)

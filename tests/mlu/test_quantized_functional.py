@@ -54,7 +54,7 @@ def slow_product(multiply, x, weight, bias, scale, mode):
         fine = own * torch.tensor([2.0 ** (position - each) for each in positions])
         step = 2.0**position / fine
         qw = slow_integers(weight, step.view(-1, *[1] * (weight.dim() - 1)), bits)
-        y = multiply(qx, qw).to(torch.float32) * 2.0 ** (x_position + position) / fine.view(channel)
+        y = multiply(qx, qw).to(torch.float32) * 2.0 ** (x_position + position) * (1 / fine).view(channel)
     return y if bias is None else y + bias.view(channel)
 
 

@@ -28,7 +28,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 10
+_ABI = 11
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -359,6 +359,6 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
     native.cnmix_multiply.argtypes, native.cnmix_multiply.restype = [pointer], whole
     native.cnmix_multiply_batch.argtypes, native.cnmix_multiply_batch.restype = [pointer], whole
     native.cnmix_multiplies.argtypes, native.cnmix_multiplies.restype = [whole, whole], whole
-    native.cnmix_run_plan.argtypes, native.cnmix_run_plan.restype = [pointer] * 4, whole
+    native.cnmix_run_plan.argtypes, native.cnmix_run_plan.restype = [pointer] * 2, whole
     native.cnmix_threads.argtypes, native.cnmix_threads.restype = [], whole
     return native

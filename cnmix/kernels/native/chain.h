@@ -12,12 +12,23 @@ namespace cnmix {
 struct PanelRows {
   int64_t row;            // of the output, where the first goes
   int64_t count;
-  uint8_t from[kTileRows];  // the sums' row of each; those beyond `count` repeat the last
+  uint8_t from[2 * kTileRows];  // the sums' row of each; those beyond `count` repeat the last
+
+  // Adds `n` rows of the sums from `first` on.
+  void add(int64_t first, int64_t n) {
+    for (int64_t i = 0; i < kTileRows; ++i) from[count + i] = static_cast<uint8_t>(first + i);
+    count += n;
+  }
+  void end() {
+    const uint8_t last = count ? from[count - 1] : 0;
+    for (int64_t i = 0; i < kTileRows; ++i) from[count + i] = last;
+  }
 };
 
 inline PanelRows whole_panel(int64_t row, int64_t count) {
-  PanelRows rows{row, std::min<int64_t>(kTileRows, count), {}};
-  for (int64_t i = 0; i < kTileRows; ++i) rows.from[i] = static_cast<uint8_t>(std::min(i, rows.count - 1));
+  PanelRows rows{row, 0, {}};
+  rows.add(0, std::min<int64_t>(kTileRows, count));
+  rows.end();
   return rows;
 }
 
@@ -69,6 +80,36 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_stage(const Sta
       quantize_row(to + cells.at(i), q);
   }
   _mm512_store_ps(bad, _mm512_add_ps(_mm512_add_ps(notes[0], notes[1]), _mm512_add_ps(notes[2], notes[3])));
+}
+
+// Four rows at a time, packed together.
+template <Extent extent>
+CNMIX_AVX512 __attribute__((always_inline)) inline void quantize_bounded(const Stage& s, const __m512* v, int8_t* to,
+                                                                         const Cells<extent>& cells, __mmask16 lanes) {
+  const __m512 scale = _mm512_set1_ps(s.number);
+  const __m512i least = _mm512_set1_epi8(s.other != 0.0f ? 0 : -128);
+  const __m512i by_rows = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const bool scaled = s.number != 1.0f;
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    __m512i q[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 x = scaled ? _mm512_mul_ps(v[i + j], scale) : v[i + j];
+      q[j] = _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    const __m512i rows = _mm512_permutexvar_epi32(by_rows, _mm512_max_epi8(bytes, least));
+    const __m128i four[4] = {_mm512_castsi512_si128(rows), _mm512_extracti32x4_epi32(rows, 1),
+                             _mm512_extracti32x4_epi32(rows, 2), _mm512_extracti32x4_epi32(rows, 3)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if (extent == SOME_CHANNELS)
+        _mm_mask_storeu_epi8(to + cells.at(i + j), lanes, four[j]);
+      else
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + cells.at(i + j)), four[j]);
+    }
+  }
 }
 
 // Applies the stages to `count` rows from `row` on, at `channel`.
@@ -131,6 +172,9 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain&
         }
         break;
       }
+      case QUANTIZE_BOUNDED:
+        quantize_bounded<extent>(s, v, reinterpret_cast<int8_t*>(s.memory) + first, cells, lanes);
+        break;
       case QUANTIZE_BYTES:
         quantize_stage<extent>(s, v, reinterpret_cast<int8_t*>(s.memory) + first, cells, lanes, bad);
         break;
@@ -150,6 +194,7 @@ CNMIX_AVX512 __attribute__((noinline)) inline void finish_sums(const Chain& chai
     for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + i * stride));
     return apply_chain<WHOLE>(chain, v, rows.row, kTileRows, channel, 0xffff, bad);
   }
+  if (rows.count == 0) return;
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = _mm512_cvtepi32_ps(_mm512_load_si512(sums + rows.from[i] * stride));
   if (width >= kTileRows) return apply_chain<ALL_CHANNELS>(chain, v, rows.row, rows.count, channel, 0xffff, bad);

@@ -19,6 +19,8 @@ constexpr int64_t kNearBytes = 1 << 20;     // of columns that stay in the secon
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool by_lines(const CnmixStep& step) { return step.arrangement == IMAGE_LINES || step.arrangement == LINE_WINDOWS; }
+
 int64_t input_lines(const CnmixWindows& w, int64_t lines) {
   return (lines - 1) * w.stride[1] + (w.kernel[1] - 1) * w.dilation[1] + 1;
 }
@@ -33,7 +35,7 @@ CnmixLayout lay_out(const CnmixStep& step, int64_t threads) {
   // Each share of the columns reads all rows, each part of the rows all weights: what is smaller is read often.
   const bool by_columns = weights > source && pairs >= threads;
   const int64_t tasks = ceil_div(kTasksPerThread * threads, step.groups);
-  if (step.arrangement == IMAGE_LINES) {
+  if (by_lines(step)) {
     const int64_t taps = (w.kernel[2] - 1) * w.dilation[2] + 1, step2 = w.stride[2];
     l.pitch = ceil_div((w.output[2] - 1) * step2 + taps, step2);
     l.width = l.pitch * step2;
@@ -41,7 +43,8 @@ CnmixLayout lay_out(const CnmixStep& step, int64_t threads) {
     int64_t best = 0;
     for (int64_t parts = 1; parts <= lines; ++parts) {
       const int64_t each = ceil_div(lines, parts);
-      if (each > 1 && input_lines(w, each) * line_bytes > kRowBytes) continue;
+      const int64_t packed = step.arrangement == LINE_WINDOWS ? each * l.pitch * step.tiles * kTileDepth : 0;
+      if (each > 1 && input_lines(w, each) * line_bytes + packed > kRowBytes) continue;
       const int64_t count = w.images * ceil_div(lines, each) * step.groups;
       // The time of the thread that has most, in tiles and copied lines of cache; smaller tasks are worth a little.
       const int64_t one = panels_of(each * l.pitch) * l.panels * step.tiles * 16 + input_lines(w, each) * line_bytes / 32;
@@ -116,13 +119,16 @@ bool prepare_lying(const Job& job, Prepared& ready, int64_t group, int64_t first
   return true;
 }
 
+// Rows or windows, copied into panels.
 bool prepare_gathered(const Job& job, Prepared& ready, int64_t group, int64_t first, int64_t last, bool flip) {
   const CnmixStep& step = *job.step;
+  const CnmixWindows& w = step.windows;
   CnmixOperand operand{};
-  operand.data = job.source + group * step.windows.run;
+  operand.data = job.source + group * w.run;
   operand.digits = 1;
-  operand.windows = &step.windows;
-  const int64_t depth = step.windows.kernel[0] * step.windows.kernel[1] * step.windows.kernel[2] * step.windows.run;
+  operand.stride = w.pixel;
+  operand.windows = step.arrangement == LYING_ROWS ? nullptr : &w;
+  const int64_t depth = w.kernel[0] * w.kernel[1] * w.kernel[2] * w.run;
   const Packing packing{&operand, step.rows, 0, depth, ROWS, static_cast<uint8_t>(flip ? 0x80 : 0)};
   const int64_t panel = packing.panel_bytes();
   uint8_t* memory = row_memory.get((last - first) * panel);
@@ -138,14 +144,31 @@ bool prepare_gathered(const Job& job, Prepared& ready, int64_t group, int64_t fi
   return true;
 }
 
+// Copies `rows` windows, `across` bytes apart, whose taps in each of some lines are one run, into rows of `depth` bytes.
+// Runs are copied 32 bytes at a time: what is too much is overwritten by the next.
+CNMIX_AVX512 void copy_windows(const uint8_t* lines, const std::vector<int64_t>& begins, int64_t run, int64_t across,
+                               int64_t rows, int64_t depth, uint8_t* to) {
+  for (int64_t r = 0; r < rows; ++r, lines += across, to += depth) {
+    uint8_t* at = to;
+    for (const int64_t begin : begins) {
+      for (int64_t i = 0; i < run; i += 32)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + i),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lines + begin + i)));
+      at += run;
+    }
+  }
+}
+
 // Lines [first, last) of an image's output.
 bool prepare_lines(const Job& job, Prepared& ready, const CnmixLayout& l, int64_t group, int64_t image, int64_t first, int64_t last, bool flip) {
   const CnmixStep& step = *job.step;
   const CnmixWindows& w = step.windows;
   const int64_t lines = last - first, across = w.stride[2], down = w.stride[1], pixel = w.pixel;
   const int64_t line = l.width * pixel, panels = panels_of(lines * l.pitch);
-  const int64_t past = (kTileRows * across + w.kernel[2] * w.dilation[2]) * pixel + step.tiles * kTileDepth;
-  uint8_t* memory = row_memory.get(down * l.lines_together * line + past);
+  const int64_t past = (kTileRows * across + w.kernel[2] * w.dilation[2]) * pixel + step.tiles * kTileDepth + 64;
+  const bool copied = step.arrangement == LINE_WINDOWS;
+  const int64_t depth = step.tiles * kTileDepth, line_memory = (down * l.lines_together * line + past + 63) / 64 * 64;
+  uint8_t* memory = row_memory.get(line_memory + (copied ? panels * kTileRows * depth + past : 0));
   if (!memory) return false;
   const uint8_t* from = job.source + image * w.size[1] * w.size[2] * pixel;
   const int zero = flip ? 0x80 : 0;
@@ -172,22 +195,35 @@ bool prepare_lines(const Job& job, Prepared& ready, const CnmixLayout& l, int64_
   const int64_t runs = joined ? 1 : w.kernel[2], run = joined ? w.kernel[2] * w.run : w.run;
   for (int64_t k1 = 0; k1 < w.kernel[1]; ++k1)
     for (int64_t k2 = 0; k2 < runs; ++k2)
-      for (int64_t t = 0; t < run; t += kTileDepth) {
+      for (int64_t t = 0; t < run; t += copied ? run : kTileDepth) {
         const int64_t y = k1 * w.dilation[1];
         ready.offsets.push_back((y % down * l.lines_together + y / down) * line + k2 * w.dilation[2] * pixel + t);
       }
+  const uint8_t* panel = memory + group * w.run;
+  if (copied) {
+    uint8_t* windows = memory + line_memory;
+    copy_windows(panel, ready.offsets, run, ready.stride, panels * kTileRows, depth, windows);
+    ready.stride = depth;
+    ready.offsets.resize(static_cast<size_t>(step.tiles));
+    for (int64_t t = 0; t < step.tiles; ++t) ready.offsets[static_cast<size_t>(t)] = t * kTileDepth;
+    panel = windows;
+  }
   int64_t x = 0, y = 0, row = (image * w.output[1] + first) * w.output[2];
   for (int64_t p = 0; p < panels; ++p) {
-    ready.data.push_back(memory + p * kTileRows * across * pixel + group * w.run);
+    ready.data.push_back(panel + p * kTileRows * ready.stride);
     PanelRows rows{row, 0, {}};
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      if (x < w.output[2] && y < lines) rows.from[rows.count++] = static_cast<uint8_t>(r);
-      if (++x == l.pitch) {
+    for (int64_t r = 0; r < kTileRows && y < lines;) {
+      const int64_t there = std::min(kTileRows - r, w.output[2] - x);
+      if (there > 0) rows.add(r, there);
+      const int64_t passed = std::min(kTileRows - r, l.pitch - x);
+      r += passed;
+      x += passed;
+      if (x == l.pitch) {
         x = 0;
         ++y;
       }
     }
-    for (int64_t r = rows.count; r < kTileRows; ++r) rows.from[r] = rows.count ? rows.from[rows.count - 1] : 0;
+    rows.end();
     row += rows.count;
     ready.panels.push_back(rows);
   }
@@ -211,32 +247,33 @@ struct Product {
   void finish(const Block& block, int64_t tile) const {
     const int64_t i = tile / 2, j = tile % 2;
     if (i >= block.rows || j >= block.columns) return;
-    const PanelRows& rows = ready.panels[static_cast<size_t>(block.row + i)];
     const int64_t column = (block.column + j) * kTileRows;
-    if (rows.count == 0) return;
-    finish_sums(job.chain, (*block.sums)[i][j][0], kTileRows, rows, group * columns + column, columns - column,
-                worker.bad);
+    finish_sums(job.chain, (*block.sums)[i][j][0], kTileRows, ready.panels[static_cast<size_t>(block.row + i)],
+                group * columns + column, columns - column, worker.bad);
   }
 };
 
 #if defined(CNMIX_HAS_AMX)
-// The sums of a block. The block before it is finished meanwhile, a tile at a time between stretches of products: the tile
-// unit is slow to start on what stands behind much other work.
-CNMIX_AMX void multiply_amx(const Product& product, const Strips& strips, const Block& block, const Block& before) {
+// The sums of a block. The block before it is finished meanwhile, a tile at a time between products: the tile unit runs
+// dry behind longer work.
+template <bool two_rows, bool two_columns>
+CNMIX_AMX void multiply_block(const Product& product, const Strips& strips, const Block& block, const Block& before) {
   zero_tiles();
   int64_t finished = 0;
-  for (int64_t done = 0; done < strips.tiles;) {
-    Strips part = strips;
-    part.tiles = std::min(ceil_div(strips.tiles, kTilesOfBlock), strips.tiles - done);
-    part.offsets += done;
-    for (int side = 0; side < 2; ++side)
-      if (part.b[side]) part.b[side] += done * kTileBytes;
-    add_strips_amx(part);
-    done += part.tiles;
-    if (finished < kTilesOfBlock) product.finish(before, finished++);
+  for (int64_t t = 0; t < strips.tiles; ++t) {
+    add_tile<two_rows, two_columns>(strips, t);
+    for (; finished * strips.tiles < kTilesOfBlock * (t + 1); ++finished) product.finish(before, finished);
   }
   store_tiles(*block.sums);
-  while (finished < kTilesOfBlock) product.finish(before, finished++);
+}
+
+CNMIX_AMX void multiply_amx(const Product& product, const Strips& strips, const Block& block, const Block& before) {
+  if (block.rows > 1)
+    block.columns > 1 ? multiply_block<true, true>(product, strips, block, before)
+                      : multiply_block<true, false>(product, strips, block, before);
+  else
+    block.columns > 1 ? multiply_block<false, true>(product, strips, block, before)
+                      : multiply_block<false, false>(product, strips, block, before);
 }
 #endif
 
@@ -258,14 +295,15 @@ void run_product(const Job& job, int64_t task, Worker& worker) {
     ready.data.clear();
     worker.prepared_step = nullptr;
     bool there;
-    if (step.arrangement == IMAGE_LINES) {
+    if (by_lines(step)) {
       const int64_t first = part % l.tasks_of_image * l.rows_each;
       there = prepare_lines(job, ready, l, group, part / l.tasks_of_image, first,
                             std::min(step.windows.output[1], first + l.rows_each), worker.vnni);
     } else {
       const int64_t first = part * l.rows_each, last = std::min(panels_of(step.rows), first + l.rows_each);
-      there = step.arrangement == LYING_ROWS ? prepare_lying(job, ready, group, first, last, worker.vnni)
-                                             : prepare_gathered(job, ready, group, first, last, worker.vnni);
+      const bool lying = step.arrangement == LYING_ROWS && step.windows.pixel % kQuickStart == 0;
+      there = lying ? prepare_lying(job, ready, group, first, last, worker.vnni)
+                    : prepare_gathered(job, ready, group, first, last, worker.vnni);
     }
     if (!there) {
       worker.failed = true;
@@ -282,7 +320,8 @@ void run_product(const Job& job, int64_t task, Worker& worker) {
   const int64_t height = static_cast<int64_t>(ready.panels.size());
   alignas(64) TileSums sums[2];
   Block before;
-  const auto multiply_block = [&](int64_t r, int64_t c) {
+  const bool rows_first = step.tiles > kNearTiles && (end - begin) * panel <= kNearBytes;
+  const auto multiply = [&](int64_t r, int64_t c) {
     const Block block{r, c, std::min<int64_t>(2, height - r), std::min<int64_t>(2, end - c),
                       before.sums == &sums[0] ? &sums[1] : &sums[0]};
     const uint8_t* b = weights + c * panel;
@@ -302,12 +341,12 @@ void run_product(const Job& job, int64_t task, Worker& worker) {
 #endif
     before = block;
   };
-  if (step.tiles > kNearTiles && (end - begin) * panel <= kNearBytes)
+  if (rows_first)
     for (int64_t r = 0; r < height; r += 2)
-      for (int64_t c = begin; c < end; c += 2) multiply_block(r, c);
+      for (int64_t c = begin; c < end; c += 2) multiply(r, c);
   else
     for (int64_t c = begin; c < end; c += 2)
-      for (int64_t r = 0; r < height; r += 2) multiply_block(r, c);
+      for (int64_t r = 0; r < height; r += 2) multiply(r, c);
   for (int64_t tile = 0; tile < kTilesOfBlock; ++tile) product.finish(before, tile);
 }
 

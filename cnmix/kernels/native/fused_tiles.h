@@ -17,32 +17,22 @@ struct Strips {
 
 #if defined(CNMIX_HAS_AMX)
 
+// Adds the products of one tile of K.
 template <bool two_rows, bool two_columns>
-CNMIX_AMX __attribute__((always_inline)) inline void add_strips(const Strips& s) {
-  const uint8_t *a0 = s.a[0], *a1 = s.a[1], *b0 = s.b[0], *b1 = s.b[1];
-  const int64_t stride = s.stride;
-  for (int64_t t = 0; t < s.tiles; ++t) {
-    const int64_t at = s.offsets[t];
-    _tile_loadd(6, b0 + t * kTileBytes, 64);
-    _tile_loadd(4, a0 + at, stride);
-    _tile_dpbssd(0, 4, 6);
-    if (two_rows) {
-      _tile_loadd(5, a1 + at, stride);
-      _tile_dpbssd(2, 5, 6);
-    }
-    if (two_columns) {
-      _tile_loadd(7, b1 + t * kTileBytes, 64);
-      _tile_dpbssd(1, 4, 7);
-      if (two_rows) _tile_dpbssd(3, 5, 7);
-    }
+CNMIX_AMX __attribute__((always_inline)) inline void add_tile(const Strips& s, int64_t t) {
+  const int64_t at = s.offsets[t], b = t * kTileBytes;
+  _tile_loadd(6, s.b[0] + b, 64);
+  _tile_loadd(4, s.a[0] + at, s.stride);
+  _tile_dpbssd(0, 4, 6);
+  if (two_rows) {
+    _tile_loadd(5, s.a[1] + at, s.stride);
+    _tile_dpbssd(2, 5, 6);
   }
-}
-
-CNMIX_AMX inline void add_strips_amx(const Strips& s) {
-  if (s.a[1])
-    s.b[1] ? add_strips<true, true>(s) : add_strips<true, false>(s);
-  else
-    s.b[1] ? add_strips<false, true>(s) : add_strips<false, false>(s);
+  if (two_columns) {
+    _tile_loadd(7, s.b[1] + b, 64);
+    _tile_dpbssd(1, 4, 7);
+    if (two_rows) _tile_dpbssd(3, 5, 7);
+  }
 }
 
 #endif

@@ -98,12 +98,14 @@ void run_task(const Job& job, int64_t task, Worker& worker) {
 }
 
 // Puts the addresses of this run in.
-void place_job(const CnmixStep& step, uint8_t* const* bases, const int64_t* planes, Job& job) {
-  const auto at = [&](const CnmixPlace& place) { return place.base < 0 ? nullptr : bases[place.base] + place.offset; };
+void place_job(const CnmixStep& step, const CnmixRun& run, int64_t turn, Job& job) {
+  const auto at = [&](const CnmixPlace& place) {
+    return place.base < 0 ? nullptr : run.bases[place.base] + turn * run.strides[place.base] + place.offset;
+  };
   job.step = &step;
   job.source = at(step.source);
   job.target = at(step.target);
-  job.planes = step.source.base >= 0 && planes[step.source.base] != 0;
+  job.planes = step.source.base >= 0 && run.planes[step.source.base] != 0;
   job.chain.count = step.stage_count;
   for (int64_t i = 0; i < step.stage_count; ++i) {
     const CnmixStage& s = step.stages[i];
@@ -111,21 +113,22 @@ void place_job(const CnmixStep& step, uint8_t* const* bases, const int64_t* plan
   }
 }
 
-void work(const CnmixPlan& plan, uint8_t* const* bases, const int64_t* planes, Team& team, Worker& worker,
-          double* seconds) {
+void work(const CnmixPlan& plan, const CnmixRun& run, Team& team, Worker& worker) {
 #if defined(CNMIX_HAS_AMX)
   if (!worker.vnni) configure_tiles();
 #endif
   auto before = std::chrono::steady_clock::now();
   Job job;
-  for (int64_t s = 0; s < plan.count; ++s) {
-    place_job(plan.steps[s], bases, planes, job);
-    team.share(s, worker.thread, tasks_of(plan.steps[s]), [&](int64_t task) { run_task(job, task, worker); });
-    team.clear_next(s, worker.thread);
+  for (int64_t i = 0; i < run.turns * plan.count; ++i) {
+    const int64_t s = i % plan.count;
+    place_job(plan.steps[s], run, i / plan.count, job);
+    worker.prepared_step = nullptr;
+    team.share(i, worker.thread, tasks_of(plan.steps[s]), [&](int64_t task) { run_task(job, task, worker); });
+    team.clear_next(i, worker.thread);
     team.meet();
-    if (seconds && worker.thread == 0) {
+    if (run.seconds && worker.thread == 0) {
       const auto now = std::chrono::steady_clock::now();
-      seconds[s] = std::chrono::duration<double>(now - before).count();
+      run.seconds[s] += std::chrono::duration<double>(now - before).count();
       before = now;
     }
   }
@@ -136,7 +139,7 @@ void work(const CnmixPlan& plan, uint8_t* const* bases, const int64_t* planes, T
 
 enum Outcome { FINITE = 0, NOT_FINITE = 1, NO_MEMORY = 2 };
 
-int run_plan(const CnmixPlan& plan, uint8_t* const* bases, const int64_t* planes, double* seconds) {
+int run_plan(const CnmixPlan& plan, const CnmixRun& given) {
   std::atomic<int> bad{0}, failed{0};
   const bool vnni = active_isa == AVX512_VNNI;
   const auto prepare = [&](int64_t threads) {
@@ -148,7 +151,7 @@ int run_plan(const CnmixPlan& plan, uint8_t* const* bases, const int64_t* planes
     worker.thread = thread;
     worker.threads = threads;
     worker.vnni = vnni;
-    work(plan, bases, planes, team, worker, seconds);
+    work(plan, given, team, worker);
     for (float note : worker.bad)
       if (note != note) bad = 1;
     if (worker.failed) failed = 1;
@@ -183,12 +186,10 @@ int run_plan(const CnmixPlan& plan, uint8_t* const* bases, const int64_t* planes
 
 using namespace cnmix;
 
-// Runs a plan on the addresses that its places count from. `planes` says of each whether it lies channel by channel;
-// `seconds`, where given, gets the time of each step. Returns 0; 1 where a quantized value was not finite, and then the
-// results are none; 2 where memory was missing.
-CNMIX_API int cnmix_run_plan(const CnmixPlan* plan, uint8_t* const* bases, const int64_t* planes, double* seconds) {
+// Returns 0; 1 where a quantized value was not finite, and then the results are none; 2 where memory was missing.
+CNMIX_API int cnmix_run_plan(const CnmixPlan* plan, const CnmixRun* run) {
 #if defined(CNMIX_X86)
-  return run_plan(*plan, bases, planes, seconds);
+  return run_plan(*plan, *run);
 #else
   return 2;
 #endif

@@ -52,13 +52,24 @@ struct CnmixPlan {
   int64_t count;
 };
 
+// The tensors of a run: the addresses that places count from, how many bytes further they are in the next turn, and
+// whether they lie channel by channel. A batch takes a turn for each part that the plan was made for.
+struct CnmixRun {
+  uint8_t* const* bases;
+  const int64_t *strides, *planes;
+  int64_t turns;
+  double* seconds;        // gets the time of each step added, where given
+};
+
 namespace cnmix {
 
 enum StepKind { PRODUCT = 0, DEPTHWISE = 1, ELEMENTS = 2, MAX_POOL = 3, COPY = 4, ENLARGE = 5 };
 
 // How a product meets its rows: as they lie in the source; lines of the image with zeros around them, of which the taps of
-// one line are one run of K; or windows gathered one by one.
-enum RowArrangement { LYING_ROWS = 0, IMAGE_LINES = 1, GATHERED_WINDOWS = 2 };
+// one line are one run of K; windows gathered one by one; or windows copied from such lines. Tiles of rows that do not
+// begin at half a line of the cache load so slowly that they are copied.
+enum RowArrangement { LYING_ROWS = 0, IMAGE_LINES = 1, GATHERED_WINDOWS = 2, LINE_WINDOWS = 3 };
+constexpr int64_t kQuickStart = 32;  // bytes
 
 enum StageKind {
   MULTIPLY = 0,
@@ -71,6 +82,7 @@ enum StageKind {
   STORE = 7,
   QUANTIZE_BYTES = 8,
   QUANTIZE_WORDS = 9,
+  QUANTIZE_BOUNDED = 10,  // to bytes, of elements that are finite and fit int32 when scaled; `other` 1: no negative ones
 };
 
 // A stage with its address in this run.

@@ -149,3 +149,13 @@ class Steps(ctypes.Structure):
     """The steps of a plan; see plan.h."""
 
     _fields_ = [("steps", ctypes.POINTER(Step)), ("count", ctypes.c_int64)]
+
+
+class Run(ctypes.Structure):
+    """The tensors of a run of a plan; see plan.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("bases", "strides", "planes")),
+        ("turns", ctypes.c_int64),
+        ("seconds", ctypes.c_void_p),
+    ]

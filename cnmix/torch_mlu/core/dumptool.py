@@ -174,7 +174,7 @@ class _Writer(OperatorObserver):
 
     def _write(self, path: Path, value: Any, kind: str) -> None:
         with path.open("w", encoding="utf-8") as file:
-            _write_value(file, value, kind, self._level)
+            write_value(file, value, kind, self._level)
 
 
 class _CaseWriter(OperatorObserver):
@@ -196,7 +196,7 @@ class _CaseWriter(OperatorObserver):
             file.write(f"{call.full_name}\n")
             for name, value in call.arguments.items():
                 file.write(f"{name}\n")
-                _write_value(file, value, kinds.get(name, "Array"), self._level)
+                write_value(file, value, kinds.get(name, "Array"), self._level)
 
 
 class _Cases:
@@ -247,7 +247,8 @@ def _kind(declared: str) -> str:
     return "TensorList" if "List[Tensor]" in declared else "Array"
 
 
-def _write_value(file: TextIO, value: Any, kind: str, level: int) -> None:
+def write_value(file: TextIO, value: Any, kind: str, level: int) -> None:
+    """Writes a value as a dump has it."""
     if isinstance(value, torch.Tensor):
         _write_tensor(file, value, level)
     elif value is None:
@@ -261,7 +262,7 @@ def _write_value(file: TextIO, value: Any, kind: str, level: int) -> None:
             if type(each) in _SCALARS:
                 file.write(f"{_text(each)}\n")
             else:
-                _write_value(file, each, kind, level)
+                write_value(file, each, kind, level)
     elif isinstance(value, torch.Generator):
         file.write("Generator : \n")
     else:

@@ -65,6 +65,7 @@ def set_quantized_bitwidth(bits: int) -> None:
 def save_as_cambricon(name: str) -> None:
     """Asks that the next ``torch.jit.trace`` leaves an offline model ``<name>.cambricon``; an empty name takes it back.
 
-    The request is stored, under ``cnmix.torch_mlu.settings.settings().offline_model``; nothing writes such files yet.
+    The file is for the shapes of the example inputs, and names the core number and the core version that are set then;
+    ``cnmix.inference.OfflineModel`` and ``cnmix infer`` run it.
     """
-    configure(offline_model=name)
+    configure(offline_model=str(name).removesuffix(".cambricon"))

@@ -358,4 +358,7 @@ def is_bf16_supported() -> bool:
 
 
 def _jit_override_can_fuse_on_mlu(flag: bool) -> None:
-    """Takes the switch of fused inference, of graphs that ``torch.jit.trace`` made."""
+    """Switches fused inference on (the default) or off, of what ``torch.jit.trace`` and ``torch.jit.load`` return."""
+    from ..settings import configure
+
+    configure(fuses=bool(flag))

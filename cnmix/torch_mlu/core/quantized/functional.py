@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .... import kernels
 from ....fixed_point import FixedPoint, choose_position, limits
+from ....inference import operators  # noqa: F401  (defines the integer products)
 
 PER_CHANNEL = {3: 8, 4: 16}
 PER_TENSOR = {1: 8, 2: 16}
@@ -140,20 +141,30 @@ def _linear_on_card(
 ) -> Tensor:
     card = x.device.index
     x, weight, bias = _host_views(name, x, weight, bias)
-    _check_float(x, name)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{name!r} takes {weight.shape[1]} features in the last dimension, got shape {tuple(x.shape)}")
     chosen = formats(scale, mode)
-    qx = kernels.quantize_measured(x.reshape(-1, x.shape[-1]), chosen.input_bits, chosen.input_position)[0]
-    qw = quantize_weight(weight, chosen)
-    qw = qw._replace(values=qw.values.t())
-    if chosen.fine is None:
-        y = kernels.matmul(qx, qw, bias=_float32(bias))
-    else:
-        y = kernels.matmul(qx, qw).div_(chosen.fine)
-        if bias is not None:
-            y += bias
-    return torch.ops.cnmix_card.card(y.view(*x.shape[:-1], weight.shape[0]).to(x.dtype), card)
+    return torch.ops.cnmix_card.card(integer_linear(x, quantize_weight(weight, chosen), bias, chosen, name), card)
+
+
+def integer_linear(x: Tensor, weight: FixedPoint, bias: Tensor | None, chosen: Formats, name: str) -> Tensor:
+    """Computes what the card does, of the host's tensors, with the operators that integer models have.
+
+    Args:
+        x: (..., in_features), float.
+        weight: (out_features, in_features), as ``quantize_weight`` returns it.
+        bias: (out_features,), or None.
+        chosen: the formats.
+        name: of the module, for messages.
+
+    Returns:
+        (..., out_features), in the dtype of ``x``.
+    """
+    _check_float(x, name)
+    features = weight.values.shape[1]
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(f"{name!r} takes {features} features in the last dimension, got shape {tuple(x.shape)}")
+    inside, outside = _biases(bias, chosen)
+    y = torch.ops.cnmix.integer_linear(x.float(), weight.values, inside, chosen[:4], "nearest_even", False, name)
+    return _finished(y, weight, chosen, outside, 0).to(x.dtype)
 
 
 def _convolution_on_host(
@@ -194,7 +205,46 @@ def _convolution_on_card(
 ) -> Tensor:
     card = x.device.index
     x, weight, bias, mean, std = _host_views(name, x, weight, bias, mean, std)
-    channels, dims = weight.shape[1] * groups, weight.dim()
+    chosen = formats(scale, mode)
+    qw = quantize_weight(weight, chosen)
+    y = integer_convolution(x, qw, bias, mean, std, stride, padding, dilation, groups, padding_mode, chosen, name)
+    return torch.ops.cnmix_card.card(y, card)
+
+
+def integer_convolution(
+    x: Tensor,
+    weight: FixedPoint,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    chosen: Formats,
+    name: str,
+) -> Tensor:
+    """Computes what the card does, of the host's tensors, with the operators that integer models have.
+
+    Args:
+        x: as ``convolution`` takes it, and what follows but for these.
+        weight: (O, C / groups, *kernel), as ``quantize_weight`` returns it.
+        bias: (O,), or None.
+        mean: (1, C, 1, 1), or None.
+        std: likewise.
+        stride: per spatial dimension.
+        padding: as ``F.pad`` takes it.
+        dilation: per spatial dimension.
+        groups: of channels.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        chosen: the formats.
+        name: of the module, for messages.
+
+    Returns:
+        (N, O, *output) or (O, *output), in the dtype of ``x``, contiguous.
+    """
+    channels, dims = weight.values.shape[1] * groups, weight.values.dim()
     if x.dim() not in (dims - 1, dims) or x.shape[1 - dims] != channels:
         raise ValueError(
             f"{name!r} takes (batch, {channels} channels, {dims - 2} spatial dimensions), with or without the batch, "
@@ -204,18 +254,41 @@ def _convolution_on_card(
     if mean is not None and std is not None:
         batched = (batched - mean) / std
     _check_float(batched, name)
-    chosen = formats(scale, mode)
     padded, within = _pad(batched, padding, padding_mode)
-    qx = kernels.quantize_measured(padded, chosen.input_bits, chosen.input_position)[0]
-    qw = quantize_weight(weight, chosen)
+    inside, outside = _biases(bias, chosen)
+    y = torch.ops.cnmix.integer_convolution(
+        padded.float(),
+        weight.values,
+        inside,
+        stride,
+        within,
+        dilation,
+        groups,
+        False,
+        [],
+        chosen[:4],
+        "nearest_even",
+        False,
+        name,
+    )
+    y = _finished(y, weight, chosen, outside, dims - 2).to(batched.dtype)
+    return y if x.dim() == dims else y.squeeze(0)
+
+
+def _biases(bias: Tensor | None, chosen: Formats) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the bias that the product adds, and the one that comes after the steps of channels."""
+    bias = None if bias is None else bias.float()
+    return (bias, None) if chosen.fine is None else (None, bias)
+
+
+def _finished(y: Tensor, weight: FixedPoint, chosen: Formats, bias: Tensor | None, spatial: int) -> Tensor:
+    if not weight.finite:
+        return y * math.nan
     if chosen.fine is None:
-        y = kernels.convolution(qx, qw, stride, within, dilation, groups, bias=_float32(bias))
-    else:
-        by_channel = (-1, *[1] * (dims - 2))
-        y = kernels.convolution(qx, qw, stride, within, dilation, groups).div_(chosen.fine.view(by_channel))
-        if bias is not None:
-            y += bias.view(by_channel)
-    return torch.ops.cnmix_card.card((y if x.dim() == dims else y.squeeze(0)).to(batched.dtype), card)
+        return y
+    by_channel = (-1, *[1] * spatial)
+    y = y * (1 / chosen.fine).view(by_channel)
+    return y if bias is None else y + bias.view(by_channel)
 
 
 def _pad(x: Tensor, padding: Sequence[int], mode: str) -> tuple[Tensor, list[int]]:
@@ -241,10 +314,6 @@ def _check_float(x: Tensor, name: str) -> None:
         raise TypeError(
             f"{name!r} takes float tensors, got {x.dtype}: a Conv2d with firstconv, mean and std takes images as bytes"
         )
-
-
-def _float32(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
 
 
 def _position(scale: float, bits: int) -> int:
