@@ -7,13 +7,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import replacing
 from ..nn.exported import FITTING
 from ..version import __version__
 from .allowed import bound_arguments
@@ -55,15 +55,9 @@ def to_onnx(fused: FusedModel, path: str | os.PathLike[str]) -> None:
     model.metadata_props["cnmix"] = __version__
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # lines of the code that it was traced from
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         exported.save(str(temporary))
         onnx.checker.check_model(str(temporary), full_check=True)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _export(program: Program, name: str) -> Any:
