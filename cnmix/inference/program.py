@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from . import operators, recurrence  # noqa: F401  (define the operators)
-from .names import CONVOLUTION as CONVOLUTION
-from .names import LINEAR as LINEAR
 
 
 @dataclass(frozen=True)
