@@ -1,12 +1,16 @@
 """ResNet-50 and VGG-19 as torchvision names their parts, and images to run them on.
 
-A ``state_dict`` of torchvision's ``resnet50`` or ``vgg19`` loads strictly into these. Nothing is downloaded: ``images``
-draws patterns, and ``make_checkpoint`` makes a checkpoint of a network that has hardly been trained.
+A ``state_dict`` of torchvision's ``resnet50`` or ``vgg19`` loads strictly into these, and ``read_image`` prepares
+ImageNet's images for it. Nothing is downloaded: ``images`` draws patterns, and ``make_checkpoint`` makes a checkpoint
+of a network that has hardly been trained.
 """
 
 import math
 import os
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +19,11 @@ import cnmix
 from cnmix import checkpoint
 
 SIDE = 224
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1], red, green, blue
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CLASSES = 10  # of the images that are drawn
 BATCH, IMAGES = 16, 96  # of settling
+BRANCH = 0.2  # what a random branch counts beside what it branches from
 LOGIT = 10.0  # what a fitted class answers over the others
 
 # Output channels of VGG-19's convolutions (configuration E); each part ends in a max pooling.
@@ -141,7 +148,7 @@ def vgg19(num_classes: int = 1000) -> VGG:
 
 
 def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
-    """Draws images of coloured waves, noise over them; direction, wavelength and colour of the waves are the class's.
+    """Draws images of waves on a coloured ground, noise over them; direction, wavelength and colour are the class's.
 
     Args:
         count: images.
@@ -161,19 +168,73 @@ def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) 
     phase = 2 * math.pi * torch.rand(count, generator=generator)
     along = turn.cos()[:, None, None] * columns + turn.sin()[:, None, None] * rows
     wave = torch.sin(2 * math.pi * along / wavelength[:, None, None] + phase[:, None, None])
-    colour = torch.stack([(turn + shift).sin() for shift in (0.5, 2.6, 4.7)], 1)[:, :, None, None]
+    colour = torch.stack([(2 * turn + shift).sin() for shift in (0.5, 2.6, 4.7)], 1)[:, :, None, None]
     noise = F.interpolate(torch.randn(count, 3, 8, 8, generator=generator), size=(side, side), mode="bilinear")
-    drawn = wave[:, None] * colour + noise + 0.3 * torch.randn(count, 3, side, side, generator=generator)
+    drawn = (1 + wave[:, None]) * colour + noise + 0.3 * torch.randn(count, 3, side, side, generator=generator)
     deviation, mean = torch.std_mean(drawn, (1, 2, 3), keepdim=True)
     return (drawn - mean) / deviation, targets
+
+
+def find_images(folder: Path) -> list[tuple[Path, int]]:
+    """Lists images as torchvision's ``ImageFolder`` does: ``folder/<class>/x.jpg``, classes numbered by their names.
+
+    Args:
+        folder: ``val`` or ``train``. It must have a folder for every class, since those give the numbers.
+
+    Returns:
+        Files and their classes, class by class.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no image in it.
+    """
+    names = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+    files = [
+        (file, number)
+        for number, name in enumerate(names)
+        for file in sorted((folder / name).rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no images: it needs a folder for each class, with {', '.join(SUFFIXES)}")
+    return files
+
+
+def read_image(file: Path, side: int = SIDE) -> Tensor:
+    """Reads an image as networks of torchvision are evaluated: shorter side 8/7 of ``side``, the centre, normalized.
+
+    Args:
+        file: in a format that Pillow reads.
+        side: height and width of what is returned, in pixels.
+
+    Returns:
+        Float32, (3, side, side).
+
+    Raises:
+        ValueError: if it is damaged, or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{file} is damaged, or no image: {error}") from error
+    shorter = side * 8 // 7
+    width, height = (int(shorter * each / min(image.size)) for each in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
 
 
 def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
     """Brings a network of random weights to where training would have it, near enough to quantize it, in place.
 
-    Batch normalization takes its statistics from ``x``. The last one of each residual branch is set to 0.2: at 1, which
-    training starts from, random branches magnify any rounding of an activation on the way to the logits. The last
-    Linear is fitted to the classes by least squares, since one of random weights answers nearly all images alike.
+    Random layers on top of each other answer all images more and more alike, or scramble what tells them apart. So each
+    block mostly hands on what it got: the last batch normalization of a residual branch is set to 0.2, and a
+    convolution without batch normalization is 0.2 of a random one, added to one that copies its input's channels.
+    Batch normalization takes its statistics from ``x``; a network without it has its weights scaled, layer by layer, to
+    outputs of deviation 1. The last Linear is fitted to the classes by least squares.
 
     Args:
         model: ``resnet50()`` or ``vgg19()``.
@@ -183,39 +244,68 @@ def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
     Returns:
         ``model``, in evaluation mode.
     """
+    model.eval()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    kept: list[Tensor] = []
-    with torch.no_grad(), last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
-        for module in model.modules():
-            if isinstance(module, Bottleneck):
-                module.bn3.weight.fill_(0.2)
-        momenta = [norm.momentum for norm in norms]
-        model.eval()
-        for norm in norms:
-            norm.momentum = None  # the plain average over the batches
-            norm.train()
-        for batch in x.split(BATCH):
-            model(batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.eval()
-        kept.clear()
-        for batch in x.split(BATCH):
-            model(batch)
-        features = torch.cat(kept).double()
-        mean = features.mean(0)
-        centred = features - mean
-        classes = int(targets.max()) + 1
-        wanted = LOGIT * (F.one_hot(targets, classes).double() - 1 / classes)
-        products = centred @ centred.T
-        products += 0.1 * products.diagonal().mean() * torch.eye(len(x), dtype=torch.float64)
-        weight = torch.linalg.solve(products, wanted).T @ centred
-        last.weight.zero_()
-        last.bias.fill_(-LOGIT)
-        last.weight[:classes] = weight.float()
-        last.bias[:classes] = -(weight @ mean).float()
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        if norms:
+            _take_statistics(model, norms, x)
+        else:
+            _scale(model, layers[:-1], x[:BATCH])
+        kept: list[Tensor] = []
+        with layers[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
+            for batch in x.split(BATCH):
+                model(batch)
+        _fit(layers[-1], torch.cat(kept).double(), targets)
     return model
+
+
+def _take_statistics(model: nn.Module, norms: list[nn.BatchNorm2d], x: Tensor) -> None:
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.bn3.weight.fill_(BRANCH)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the plain average over the batches
+        norm.train()
+    for batch in x.split(BATCH):
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def _scale(model: nn.Module, layers: list[nn.Conv2d | nn.Linear], x: Tensor) -> None:
+    def scaled(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+        deviation = output.std()
+        layer.weight /= deviation
+        layer.bias /= deviation
+        return output / deviation
+
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu").mul_(BRANCH)
+            outputs = torch.arange(layer.out_channels)
+            layer.weight[outputs, outputs % layer.in_channels, 1, 1] += 1
+    hooks = [layer.register_forward_hook(scaled) for layer in layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+
+
+def _fit(last: nn.Linear, features: Tensor, targets: Tensor) -> None:
+    """Fits the last layer to the classes of images by least squares; features (N, in_features), float64."""
+    mean = features.mean(0)
+    centred = features - mean
+    classes = int(targets.max()) + 1
+    wanted = LOGIT * (F.one_hot(targets, classes).double() - 1 / classes)
+    products = centred @ centred.T
+    products += 0.1 * products.diagonal().mean() * torch.eye(len(features), dtype=torch.float64)
+    weight = torch.linalg.solve(products, wanted).T @ centred
+    last.weight.zero_()
+    last.bias.fill_(-LOGIT)
+    last.weight[:classes] = weight.float()
+    last.bias[:classes] = -(weight @ mean).float()
 
 
 def make_checkpoint(
