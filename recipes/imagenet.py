@@ -8,7 +8,6 @@ of a network that has hardly been trained.
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CLASSES = 10  # of the images that are drawn
 BATCH, IMAGES = 16, 96  # of settling
-BRANCH = 0.2  # what a random branch counts beside what it branches from
 LOGIT = 10.0  # what a fitted class answers over the others
 
 # Output channels of VGG-19's convolutions (configuration E); each part ends in a max pooling.
@@ -230,11 +228,9 @@ def read_image(file: Path, side: int = SIDE) -> Tensor:
 def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
     """Brings a network of random weights to where training would have it, near enough to quantize it, in place.
 
-    Random layers on top of each other answer all images more and more alike, or scramble what tells them apart. So each
-    block mostly hands on what it got: the last batch normalization of a residual branch is set to 0.2, and a
-    convolution without batch normalization is 0.2 of a random one, added to one that copies its input's channels.
-    Batch normalization takes its statistics from ``x``; a network without it has its weights scaled, layer by layer, to
-    outputs of deviation 1. The last Linear is fitted to the classes by least squares.
+    Batch normalization takes its statistics from ``x``. The last one of each residual branch is set to 0.2: at 1, which
+    training starts from, random branches magnify any rounding of an activation on the way to the logits. The last
+    Linear is fitted to the classes by least squares, since one of random weights answers nearly all images alike.
 
     Args:
         model: ``resnet50()`` or ``vgg19()``.
@@ -244,68 +240,39 @@ def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
     Returns:
         ``model``, in evaluation mode.
     """
-    model.eval()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    with torch.no_grad():
-        if norms:
-            _take_statistics(model, norms, x)
-        else:
-            _scale(model, layers[:-1], x[:BATCH])
-        kept: list[Tensor] = []
-        with layers[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
-            for batch in x.split(BATCH):
-                model(batch)
-        _fit(layers[-1], torch.cat(kept).double(), targets)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    kept: list[Tensor] = []
+    with torch.no_grad(), last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
+        for module in model.modules():
+            if isinstance(module, Bottleneck):
+                module.bn3.weight.fill_(0.2)
+        momenta = [norm.momentum for norm in norms]
+        model.eval()
+        for norm in norms:
+            norm.momentum = None  # the plain average over the batches
+            norm.train()
+        for batch in x.split(BATCH) if norms else ():
+            model(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+        kept.clear()
+        for batch in x.split(BATCH):
+            model(batch)
+        features = torch.cat(kept).double()
+        mean = features.mean(0)
+        centred = features - mean
+        classes = int(targets.max()) + 1
+        wanted = LOGIT * (F.one_hot(targets, classes).double() - 1 / classes)
+        products = centred @ centred.T
+        products += 0.1 * products.diagonal().mean() * torch.eye(len(x), dtype=torch.float64)
+        weight = torch.linalg.solve(products, wanted).T @ centred
+        last.weight.zero_()
+        last.bias.fill_(-LOGIT)
+        last.weight[:classes] = weight.float()
+        last.bias[:classes] = -(weight @ mean).float()
     return model
-
-
-def _take_statistics(model: nn.Module, norms: list[nn.BatchNorm2d], x: Tensor) -> None:
-    for module in model.modules():
-        if isinstance(module, Bottleneck):
-            module.bn3.weight.fill_(BRANCH)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None  # the plain average over the batches
-        norm.train()
-    for batch in x.split(BATCH):
-        model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-
-
-def _scale(model: nn.Module, layers: list[nn.Conv2d | nn.Linear], x: Tensor) -> None:
-    def scaled(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        deviation = output.std()
-        layer.weight /= deviation
-        layer.bias /= deviation
-        return output / deviation
-
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu").mul_(BRANCH)
-            outputs = torch.arange(layer.out_channels)
-            layer.weight[outputs, outputs % layer.in_channels, 1, 1] += 1
-    hooks = [layer.register_forward_hook(scaled) for layer in layers]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-
-
-def _fit(last: nn.Linear, features: Tensor, targets: Tensor) -> None:
-    """Fits the last layer to the classes of images by least squares; features (N, in_features), float64."""
-    mean = features.mean(0)
-    centred = features - mean
-    classes = int(targets.max()) + 1
-    wanted = LOGIT * (F.one_hot(targets, classes).double() - 1 / classes)
-    products = centred @ centred.T
-    products += 0.1 * products.diagonal().mean() * torch.eye(len(features), dtype=torch.float64)
-    weight = torch.linalg.solve(products, wanted).T @ centred
-    last.weight.zero_()
-    last.bias.fill_(-LOGIT)
-    last.weight[:classes] = weight.float()
-    last.bias[:classes] = -(weight @ mean).float()
 
 
 def make_checkpoint(

@@ -5,6 +5,7 @@ from PIL import Image
 from torch import nn
 
 import cnmix.torch_mlu
+from cnmix import inference
 from cnmix.inference import OfflineModel
 
 SIDE = 32
@@ -16,9 +17,15 @@ def small(imagenet_test, monkeypatch, tmp_path):
     networks = imagenet_test.imagenet
     parts = ((8,), (16,), (16,), (16,), (16,))
     drawn = networks.images
+
+    def vgg(classes=10):
+        model = networks.VGG(parts, classes)
+        model.classifier = nn.Sequential(nn.Linear(49 * 16, 64), nn.ReLU(), nn.Linear(64, classes))
+        return model
+
     monkeypatch.setattr(networks, "SIDE", SIDE)
     monkeypatch.setattr(networks, "resnet50", lambda classes=10: networks.ResNet((1, 1, 1, 1), classes))
-    monkeypatch.setattr(networks, "vgg19", lambda classes=10: networks.VGG(parts, classes))
+    monkeypatch.setattr(networks, "vgg19", vgg)
     monkeypatch.setattr(networks, "images", lambda count, seed=0, side=SIDE: drawn(count, seed, SIDE))
     monkeypatch.setattr(networks, "IMAGES", 64)
     monkeypatch.chdir(tmp_path)
@@ -72,12 +79,18 @@ def test_to_the_card(small, run, network, mode, half):
 
 
 @pytest.mark.parametrize("network", ["resnet50", "vgg19"])
-def test_makes_a_checkpoint_where_there_is_none(run, network):
-    assert (
-        float(run(f"--network {network} --image_number 64 --batch_size 16 --compute_accuracy true")["Accuracy"]) > 0.5
-    )
-    made = float(run(f"--network {network} --image_number 64 --batch_size 16 --compute_accuracy true")["Accuracy"])
-    assert made > 0.5
+def test_makes_a_checkpoint_where_there_is_none(small, run, network):
+    line = f"--network {network} --image_number 64 --batch_size 16 --compute_accuracy true"
+    run(line.replace("64", "16"))
+    printed = run(line)
+    assert list(printed) == ["Accuracy"]
+    assert float(printed["Accuracy"]) > 0.3  # of ten classes
+    saved = cnmix.checkpoint.load(f"runs/imagenet/{network}.pt")
+    model = inference.load(getattr(small.imagenet, network)(), saved)
+    x, _ = small.imagenet.images(64, seed=small.TEST_SEED)
+    with torch.no_grad():
+        agree = (model(x).argmax(1) == run.logits.argmax(1)).float().mean()
+    assert agree > 0.9
 
 
 class TestFolder:
@@ -134,17 +147,3 @@ def test_needs_a_quantized_model(small, run):
     given = save_random(small, "vgg19")
     with pytest.raises(FileNotFoundError, match=r"vgg19_int8\.pth: make it with --quantization true"):
         run(f"{given} --mlu true")
-
-
-def test_networks_of_random_weights_tell_images_apart(small):
-    networks = small.imagenet
-    torch.manual_seed(0)
-    model = networks.VGG(((16,), (16, 16), (32, 32), (32, 32), (32, 32)), 10)
-    model = networks.settle(model, *networks.images(128))
-    x, targets = networks.images(64, seed=7)
-    with torch.no_grad():
-        assert (model(x).argmax(1) == targets).float().mean() > 0.6
-        for module in model.features:
-            x = module(x)
-            if isinstance(module, nn.Conv2d):
-                assert 0.3 < x.std() < 3
