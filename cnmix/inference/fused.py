@@ -17,7 +17,7 @@ from ..nn import module_name, quantizer_sets
 from .fusion import folded, fuse_steps
 from .integers import IntegerModule
 from .lowering import export
-from .nodes import Call, Floats, Fused, Integers, Key, Layout
+from .nodes import Call, Floats, Fused, Integers, Key, Layout, images_of, parted
 from .program import Program, Spec, run_step
 from .weights import Weights
 
@@ -41,7 +41,9 @@ class FusedProgram:
         self.parts: list[_Group | Call] = []
         if not plan.serves():
             return
-        arranged = fuse_steps(program)
+        arranged: list[list[Fused] | Call] = []
+        for each in fuse_steps(program):
+            arranged += [each] if isinstance(each, Call) else parted(each, program)
         for index, part in enumerate(arranged):
             if isinstance(part, Call):
                 self.parts.append(part)
@@ -237,6 +239,7 @@ class _Group:
         self.nodes = nodes
         self._program = program
         self._plan = plan.Plan()
+        self._turns = images_of(nodes, program)
         self._made = {key for node in nodes for key in node.results()}
         self._values: dict[tuple[Key, Layout], plan.Value] = {}
         self._sources: list[_Source] = []
@@ -275,6 +278,7 @@ class _Group:
     def _shape(self, key: Key, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
         shape = self._program.specs[key.value].shape
         dtype = torch.float32 if isinstance(key, Floats) else torch.int8
+        shape = (shape[0] // self._turns, *shape[1:])
         return (shape if layout == "image" else (math.prod(shape[:-1]), shape[-1])), dtype
 
     def _empty(self, key: Key, layout: Layout) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .program import Step
+from .program import Program, Step
 
 Layout = Literal["image", "rows"]
 """How a tensor lies in a plan: (N, C, *spatial) with its channels side by side, or (..., C) as it is."""
@@ -160,3 +161,37 @@ def grouped(nodes: list[Node]) -> list[list[Fused] | Call]:
         if not group and not calls:
             raise RuntimeError("the steps of the program wait for each other")
     return arranged
+
+
+def parted(group: list[Fused], program: Program) -> list[list[Fused]]:
+    """Parts a group into what computes image by image, and what computes one row of each, best of all at once.
+
+    A plan takes the images of a batch in turns, so that what is between its steps stays in the cache. A product of
+    single rows would read its whole weight in each turn.
+    """
+    flat: set[Key] = set()
+    images: list[Fused] = []
+    rows: list[Fused] = []
+    for node in group:
+        shapes = [program.specs[key.value].shape for key in node.results()]
+        if any(key in flat for key in node.inputs()) or any(
+            math.prod(shape) == shape[0] * shape[1] for shape in shapes
+        ):
+            flat.update(node.results())
+            rows.append(node)
+        else:
+            images.append(node)
+    return [part for part in (images, rows) if part]
+
+
+def images_of(group: list[Fused], program: Program) -> int:
+    """Returns in how many turns a plan is to compute a group: one for each image, or 1 where that cannot be or pay."""
+    first = {program.specs[key.value].shape[0] for node in group for key in (*node.inputs(), *node.results())}
+    single = any(_has_single_rows(key, program) for node in group for key in node.results())
+    return 1 if len(first) > 1 or single else first.pop()
+
+
+def _has_single_rows(key: Key, program: Program) -> bool:
+    """Whether a tensor is one row of channels for each image."""
+    shape = program.specs[key.value].shape
+    return math.prod(shape) == shape[0] * shape[1]

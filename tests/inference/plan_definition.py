@@ -84,12 +84,14 @@ class PlanDefinition:
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
         self._finite = True
-        for value, tensor in zip(self._inputs, inputs, strict=True):
-            value.set(tensor.reshape(value.shape))
-        for step in self._steps:
-            step()
-        for value, tensor in zip(self._outputs, outputs, strict=True):
-            tensor.copy_(value.tensor.reshape(tensor.shape))
+        turns = outputs[0].shape[0] // self._outputs[0].shape[0]
+        for turn in range(turns):
+            for value, tensor in zip(self._inputs, inputs, strict=True):
+                value.set(tensor.chunk(turns)[turn])
+            for step in self._steps:
+                step()
+            for value, tensor in zip(self._outputs, outputs, strict=True):
+                tensor.chunk(turns)[turn].copy_(value.tensor)
         return self._finite
 
     def _chain(self, y: Tensor, chain: Any) -> None:
