@@ -149,7 +149,12 @@ def offline(options: argparse.Namespace, first: Mapping[str, Any]) -> Runner:
 
 
 def online(
-    options: argparse.Namespace, name: str, model: nn.Module, shape: Sequence[int], first: Mapping[str, Any]
+    options: argparse.Namespace,
+    name: str,
+    model: nn.Module,
+    shape: Sequence[int],
+    first: Mapping[str, Any],
+    mixed: Mapping[str, str] | None = None,
 ) -> Runner:
     """Returns a model as the options have it run: measuring scales, on the host, or on the card.
 
@@ -160,13 +165,14 @@ def online(
         shape: of an image as it takes one, (3, H, W).
         first: what the first convolution is told about images by ``qconfig``: ``firstconv``, ``mean``, ``std``. With
             ``firstconv`` a quantized model takes images in [0, 255].
+        mixed: ``mixed_layer`` of ``quantize_dynamic_mlu``: layers that are measured for another width.
 
     Raises:
         FileNotFoundError: if there is no quantized model yet.
     """
     example = torch.rand(options.batch_size, *shape)
     if options.quantization:
-        return Runner(options, _measuring(model, options, first), lambda images: images)
+        return Runner(options, _measuring(model, options, first, mixed), lambda images: images)
     if not options.mlu:
         traced = torch.jit.trace(model, example, check_trace=False) if options.jit else model
         return Runner(options, traced, lambda images: images)
@@ -222,7 +228,9 @@ def main(run: Callable[[], Any]) -> None:
         sys.exit(f"error: {error}")
 
 
-def _measuring(model: nn.Module, options: argparse.Namespace, first: Mapping[str, Any]) -> nn.Module:
+def _measuring(
+    model: nn.Module, options: argparse.Namespace, first: Mapping[str, Any], mixed: Mapping[str, str] | None
+) -> nn.Module:
     """Returns a quantized copy, which measures its scales."""
     from torch_mlu.core import mlu_quantize
 
@@ -234,7 +242,8 @@ def _measuring(model: nn.Module, options: argparse.Namespace, first: Mapping[str
         "per_channel": name.startswith("c_"),
         **first,
     }
-    return mlu_quantize.quantize_dynamic_mlu(model, qconfig, dtype=name.removeprefix("c_"), gen_quant=True).eval()
+    dtype = name.removeprefix("c_")
+    return mlu_quantize.quantize_dynamic_mlu(model, qconfig, dtype=dtype, gen_quant=True, mixed_layer=mixed)
 
 
 def _sender(
