@@ -134,16 +134,28 @@ class FusedModel(nn.Module):
         """
         from .offline import save_offline
 
-        structure = next(iter(self._made.values()))[1]
         return save_offline(
             path,
-            self.first.program,
-            structure,
+            *self.stored(),
             name=name,
             core_number=core_number,
             core_version=core_version,
             metadata=metadata,
         )
+
+    def stored(self) -> tuple[Program, Any]:
+        """Returns the program of the first example, for a file, and the structure of what it returns.
+
+        Raises:
+            ValueError: if one tensor was several of its inputs: a file is called with any.
+        """
+        (_, same, *_), (_, structure) = next(iter(self._made.items()))
+        if len(set(same)) < len(same):
+            raise ValueError(
+                "the example that this was fused with has one tensor as several inputs, and its program is for that "
+                "alone: fuse with copies (x.clone()), or a module that takes the tensor once"
+            )
+        return self.first.program, structure
 
     def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
         leaves, structure = pytree.tree_flatten((inputs, dict(keywords)))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import is_float32_exponent
+from .names import CONVOLUTION, LINEAR
 from .nodes import Call, Floats, Fused, Integers, Key, Layout, Node, Stage, grouped
-from .program import CONVOLUTION, LINEAR, Program, Ref, Step
+from .program import Program, Ref, Step
 
 # Sums of more products than this could leave int32.
 LONGEST_SUM = (1 << 31) // (1 << 14) - 1
