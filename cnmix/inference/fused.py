@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import native, plan
 from ..nn import module_name, quantizer_sets
-from .fusion import folded, fuse_steps
+from .agreement import copied, is_close, is_same
+from .fusion import fuse_steps
 from .integers import IntegerModule
 from .lowering import export
 from .nodes import Call, Floats, Fused, Integers, Key, Layout, images_of, parted
@@ -48,7 +49,8 @@ class FusedProgram:
             if isinstance(part, Call):
                 self.parts.append(part)
                 continue
-            later = {key for each in arranged[index + 1 :] for node in _nodes(each) for key in node.inputs()}
+            behind = [node for each in arranged[index + 1 :] for node in ([each] if isinstance(each, Call) else each)]
+            later = {key for node in behind for key in node.inputs()}
             self.parts.append(_Group(part, later | {Floats(name) for name in program.outputs}, program))
         self._last = self._last_uses()
 
@@ -64,7 +66,7 @@ class FusedProgram:
                 return self.program.run(*inputs)
             for name in self._last.get(index, ()):
                 values.pop(name, None)
-        return tuple(values[name] for name in self.program.outputs)
+        return self.program.returned(values)
 
     def _last_uses(self) -> dict[int, list[Any]]:
         last: dict[Any, int] = {}
@@ -78,8 +80,16 @@ class FusedProgram:
         return found
 
 
+_exporting = threading.Lock()  # torch.export changes how any module is called, and takes no second one beside it
+_MOST_SHAPES = 32  # that a model keeps fused: each has its weights once more, packed
+_Made = tuple[FusedProgram, Any]  # with the structure of the outputs
+
+
 class FusedModel(nn.Module):
     """A model, fused for inputs of given shapes; other shapes are fused when they first come.
+
+    The shapes that came last stay fused, 32 of them. What is fused stays as it is when the model changes. It cannot be
+    pickled or copied; its model can. Any thread may call it, but while one fuses, no other may call plain modules.
 
     Args:
         model: the integer model.
@@ -93,16 +103,21 @@ class FusedModel(nn.Module):
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model = model
-        self._made: dict[Any, tuple[FusedProgram, Any]] = {}
+        self._made: dict[Any, _Made] = {}
         self._lock = threading.Lock()
-        self.first = self._fused(inputs, keywords or {})[0]
+        self.first, self._structure = self._fused(inputs, keywords or {})
         self.eval()
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Calls it as a module is called, also while another thread exports, which replaces ``nn.Module.__call__``."""
+        return self._wrapped_call_impl(*inputs, **keywords)
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Computes what the model computes, to the bit."""
         fused, structure = self._fused(inputs, keywords)
-        outputs = fused.run(*_tensors((inputs, keywords)))
+        with torch.autocast("cpu", enabled=False):  # its casts are steps of the program
+            outputs = fused.run(*_tensors((inputs, keywords)))
         return pytree.tree_unflatten(list(outputs), structure)
 
     def save(
@@ -134,28 +149,60 @@ class FusedModel(nn.Module):
         """
         from .offline import save_offline
 
-        structure = next(iter(self._made.values()))[1]
         return save_offline(
             path,
             self.first.program,
-            structure,
+            self._structure,
             name=name,
             core_number=core_number,
             core_version=core_version,
             metadata=metadata,
         )
 
-    def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+    def train(self, mode: bool = True) -> FusedModel:
+        """Returns itself; raises ValueError in training mode."""
+        if mode:
+            raise ValueError("a fused model is in evaluation mode for good: train the model that it was made of")
+        return super().train(mode)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: what is fused would keep the weights that it was made with."""
+        raise ValueError("a fused model keeps its weights: load others into the model, then fuse it again")
+
+    def __reduce__(self) -> Any:
+        """Raises TypeError, for copies and pickles."""
+        raise TypeError("a fused model cannot be copied or pickled: copy its model and fuse that, or use save()")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
+        for each in (*self.parameters(), *self.buffers()):
+            one = torch.empty(0, dtype=each.dtype, device=each.device)
+            if (fn(one).dtype, fn(one).device) != (each.dtype, each.device):
+                raise ValueError("a fused model keeps its dtype and device: convert the model, then fuse it again")
+        return super()._apply(fn, recurse)
+
+    def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> _Made:
         leaves, structure = pytree.tree_flatten((inputs, dict(keywords)))
         # Code may ask whether two of its inputs are one tensor, as attention does of query, key and value.
         same = tuple(next(i for i, other in enumerate(leaves) if other is x) for x in leaves if isinstance(x, Tensor))
-        shapes = (structure, same, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
+        casts = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        # 1, 1.0 and True are equal, and other arguments.
+        shapes = (
+            structure,
+            same,
+            casts,
+            *(Spec.of(x) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves),
+        )
         with self._lock:
-            if shapes not in self._made:
-                self._made[shapes] = self._make(inputs, keywords)
-            return self._made[shapes]
+            made = self._made.pop(shapes, None)
+            if made is None:
+                with _exporting:
+                    made = self._make(inputs, keywords)
+            self._made[shapes] = made
+            if len(self._made) > _MOST_SHAPES:
+                del self._made[next(iter(self._made))]
+            return made
 
-    def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+    def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> _Made:
         sets = dict(quantizer_sets(self.model))
         weights = Weights(self.model, sets)
         trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]
@@ -165,13 +212,14 @@ class FusedModel(nn.Module):
                 "checkpoint"
             )
         with torch.no_grad():  # says what is wrong with inputs, and fixes the integers of what functions multiply by
-            expected = self.model(*_copied(inputs), **_copied(dict(keywords)))
+            expected = self.model(*copied(inputs), **copied(dict(keywords)))
         program, structure = export(self.model, inputs, keywords)
         fused = FusedProgram(program)
-        found = fused.run(*_tensors((inputs, keywords)))
+        with torch.autocast("cpu", enabled=False):
+            found = fused.run(*_tensors((inputs, keywords)))
         # Torch computes some modules in a fused kernel of its own, which rounds otherwise than the graph's operators.
         integers = bool(sets) or any(isinstance(module, IntegerModule) for module in self.model.modules())
-        is_right = _is_same if integers else _is_close
+        is_right = is_same if integers else is_close
         if not all(map(is_right, pytree.tree_leaves(expected), found)):
             raise ValueError(
                 f"the graph that torch.export makes of {type(self.model).__name__} computes other numbers than the "
@@ -184,28 +232,6 @@ class FusedModel(nn.Module):
 def _tensors(inputs: Any) -> list[Tensor]:
     """Returns what a program takes of inputs: numbers and the like are a part of it."""
     return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-
-
-def _copied(inputs: Any) -> Any:
-    """Returns inputs that a model may write to; what is one tensor stays one."""
-    copies = {id(x): x.clone() for x in _tensors(inputs)}
-    return pytree.tree_map(lambda x: copies.get(id(x), x), inputs)
-
-
-def _is_same(expected: Any, found: Tensor) -> bool:
-    """Whether two results are the same to the bit; any NaN is as good as another."""
-    alike = isinstance(expected, Tensor) and expected.shape == found.shape and expected.dtype == found.dtype
-    return alike and bool(((expected == found) | (expected != expected) & (found != found)).all())
-
-
-def _is_close(expected: Any, found: Tensor) -> bool:
-    """Whether two results in float are the same but for rounding."""
-    if _is_same(expected, found):
-        return True
-    if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
-        return False
-    largest = expected.nan_to_num().abs().max().item()
-    return torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
 
 
 def fuse(model: nn.Module, *inputs: Any, **keywords: Any) -> FusedModel:
@@ -344,7 +370,7 @@ class _Group:
         channels = shape[1 if node.layout == "image" else -1]
         for start, end in zip([0, *cuts], cuts, strict=False):
             part = node.stages[start:end]
-            chain += [self._stage(each, node.layout, channels) for each in (folded(part) if start == 0 else part)]
+            chain += [self._stage(each, node.layout, channels) for each in part]
             for key in wanted.get(end, ()):
                 value = self._find(key, node.layout)
                 if isinstance(key, Floats):
@@ -364,10 +390,6 @@ class _Group:
         if kind == "relu":
             return plan.Relu()
         return plan.LeakyRelu(operand) if kind == "leaky_relu" else plan.Clamp(*operand)
-
-
-def _nodes(part: list[Fused] | Call) -> Sequence[Fused | Call]:
-    return [part] if isinstance(part, Call) else part
 
 
 def _name(key: Key) -> Any:
