@@ -160,7 +160,7 @@ class FusedModel(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FusedModel:
-        """Returns itself; raises ValueError in training mode."""
+        """Raises ValueError in training mode."""
         if mode:
             raise ValueError("a fused model is in evaluation mode for good: train the model that it was made of")
         return super().train(mode)
@@ -186,12 +186,8 @@ class FusedModel(nn.Module):
         same = tuple(next(i for i, other in enumerate(leaves) if other is x) for x in leaves if isinstance(x, Tensor))
         casts = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         # 1, 1.0 and True are equal, and other arguments.
-        shapes = (
-            structure,
-            same,
-            casts,
-            *(Spec.of(x) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves),
-        )
+        kinds = (Spec.of(x) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
+        shapes = (structure, same, casts, *kinds)
         with self._lock:
             made = self._made.pop(shapes, None)
             if made is None:
@@ -208,8 +204,7 @@ class FusedModel(nn.Module):
         trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]
         if trains:
             raise ValueError(
-                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a "
-                "checkpoint"
+                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a checkpoint"
             )
         with torch.no_grad():  # says what is wrong with inputs, and fixes the integers of what functions multiply by
             expected = self.model(*copied(inputs), **copied(dict(keywords)))

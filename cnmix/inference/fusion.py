@@ -293,7 +293,9 @@ class _Joining:
         if any(each.value in self.program.constants or not self._is_like(each.value, shape) for each in sources):
             return None
         chains = [self.chain_of.get(each.value) for each in sources]
-        if isinstance(key, Floats) and not all(each is not None and each.layout == "image" for each in chains):
+        if any(each is not None and each.layout != "image" for each in chains):
+            return None
+        if isinstance(key, Floats) and None in chains:
             return None
         return Fused(kind, index, "image", sources, step, geometry=geometry)  # type: ignore[arg-type]
 

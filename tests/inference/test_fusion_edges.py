@@ -32,13 +32,13 @@ class Net(nn.Module):
         return self.compute(self, x)
 
 
-def build(compute, channels: int = 4, x: Tensor = X) -> Net:
-    torch.manual_seed(0)
-    return Net(compute, channels, x)
-
-
 def trained(compute, channels: int = 4, x: Tensor = X) -> nn.Module:
-    model = build(compute, channels, x)
+    return trained_as(lambda: Net(compute, channels, x), x)
+
+
+def trained_as(build, x: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     cnmix.initialize(model, optimizer, steps_per_epoch=10)
     for _ in range(2):
@@ -46,7 +46,7 @@ def trained(compute, channels: int = 4, x: Tensor = X) -> nn.Module:
         sum(each.square().mean() for each in model(x) if each.requires_grad).backward()
         optimizer.step()
     state = copy.deepcopy({"state_dict": model.state_dict(), "cnmix": cnmix.state_dict(model)})
-    return inference.load(build(compute, channels, x), state)
+    return inference.load(build(), state)
 
 
 def long_chain(m: nn.Module, x: Tensor):
@@ -128,6 +128,20 @@ def test_callers_may_write_to_what_they_get():
         for later in range(index + 1, len(outputs)):
             assert_same([outputs[later]], [expected[later]])
     assert_same(fused(X), expected)
+
+
+class RowsAsImage(Net):
+    """Multiplies the last dimension of an image, then convolves the maxima."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, x: (m.b(F.max_pool2d(m.a(x), 2)),), 3)
+        self.a = nn.Linear(8, 8)
+
+
+def test_rows_that_a_convolution_takes_for_an_image():
+    model = trained_as(RowsAsImage, X)
+    with torch.no_grad():
+        assert_same(inference.fuse(model, X)(X), model(X))
 
 
 class Scaled(nn.Linear):
