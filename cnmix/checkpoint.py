@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .files import replacing
 from .registry import unwrap
 from .state import is_state, state_dict, upgrade
 
@@ -54,18 +55,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, 
 
 def write(path: str | os.PathLike[str], checkpoint: Any) -> None:
     """Does what ``torch.save`` does, under a temporary name beside the file, which is renamed once it is complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from . import inference
 from .evaluation import find_checkpoints, has_integers, in_batches, restore
+from .files import replacing
 from .inference import OfflineModel
-from .nn import quantizer_sets
 from .recipe import build_model, load_data
 from .torch_mlu.cards import find_card
 
@@ -73,12 +72,6 @@ def export_checkpoint(
             raise ValueError(f"an {card.name} has 1 to {card.cores} cores to take, not {core_number}")
     checkpoint, saved, recipe, model = _only_checkpoint(path, module)
     model = inference.load(model, saved)
-    left = next(quantizer_sets(model), None)
-    if left is not None:
-        raise ValueError(
-            f"{checkpoint}: {left[0] or type(model).__name__!r} multiplies in fixed point what is no weight of a "
-            "linear layer or convolution, which files cannot say yet: leave it out of fixed point in training (exclude)"
-        )
     _, test = load_data(recipe)
     inputs, _ = next(iter(in_batches(test)))
     example = inputs[:1].expand(batch, *inputs.shape[1:]).contiguous()
@@ -189,7 +182,7 @@ def write_outputs(model: OfflineModel, outputs: Any, file: Path) -> None:
     if file.suffix == ".npy" and len(tensors) == 1:
         import numpy
 
-        with _replacing(file) as temporary, open(temporary, "wb") as opened:
+        with replacing(file) as temporary, open(temporary, "wb") as opened:
             numpy.save(opened, tensors[0].numpy())
     elif file.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -198,22 +191,10 @@ def write_outputs(model: OfflineModel, outputs: Any, file: Path) -> None:
             info.name: each.clone(memory_format=torch.contiguous_format)
             for info, each in zip(model.outputs, tensors, strict=True)
         }
-        with _replacing(file) as temporary:
+        with replacing(file) as temporary:
             save_file(named, temporary)
     else:
         raise ValueError(f"{file} must end in .safetensors, or in .npy for one output; the model has {len(tensors)}")
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """Gives a temporary name, which is renamed to the file's once what is within has ended well."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def seconds_per_run(model: nn.Module, inputs: Sequence[Tensor], repeat: int) -> float:

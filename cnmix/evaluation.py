@@ -131,8 +131,6 @@ def has_integers(saved: Mapping[str, Any]) -> bool:
 def _integer_model(model: nn.Module, saved: Mapping[str, Any], data: Dataset[Any]) -> nn.Module:
     """Returns the integer model of a checkpoint, fused where all of it can be: the bits are the same."""
     model = inference.load(model, saved)
-    if next(quantizer_sets(model), None) is not None:
-        return model
     inputs, _ = next(iter(in_batches(data)))
     try:
         return inference.fuse(model, inputs)

@@ -1,12 +1,15 @@
 """ResNet-50 and VGG-19 as torchvision names their parts, and images to run them on.
 
-A ``state_dict`` of torchvision's ``resnet50`` or ``vgg19`` loads strictly into these. Nothing is downloaded: ``images``
-draws patterns, and ``make_checkpoint`` makes a checkpoint of a network that has hardly been trained.
+A ``state_dict`` of torchvision's ``resnet50`` or ``vgg19`` loads strictly into these, and ``read_image`` prepares
+ImageNet's images for it. Nothing is downloaded: ``images`` draws patterns, and ``make_checkpoint`` makes a checkpoint
+of a network that has hardly been trained.
 """
 
 import math
 import os
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +18,8 @@ import cnmix
 from cnmix import checkpoint
 
 SIDE = 224
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1], red, green, blue
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CLASSES = 10  # of the images that are drawn
 BATCH, IMAGES = 16, 96  # of settling
 LOGIT = 10.0  # what a fitted class answers over the others
@@ -141,7 +146,7 @@ def vgg19(num_classes: int = 1000) -> VGG:
 
 
 def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
-    """Draws images of coloured waves, noise over them; direction, wavelength and colour of the waves are the class's.
+    """Draws images of waves on a coloured ground, noise over them; direction, wavelength and colour are the class's.
 
     Args:
         count: images.
@@ -161,11 +166,63 @@ def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) 
     phase = 2 * math.pi * torch.rand(count, generator=generator)
     along = turn.cos()[:, None, None] * columns + turn.sin()[:, None, None] * rows
     wave = torch.sin(2 * math.pi * along / wavelength[:, None, None] + phase[:, None, None])
-    colour = torch.stack([(turn + shift).sin() for shift in (0.5, 2.6, 4.7)], 1)[:, :, None, None]
+    colour = torch.stack([(2 * turn + shift).sin() for shift in (0.5, 2.6, 4.7)], 1)[:, :, None, None]
     noise = F.interpolate(torch.randn(count, 3, 8, 8, generator=generator), size=(side, side), mode="bilinear")
-    drawn = wave[:, None] * colour + noise + 0.3 * torch.randn(count, 3, side, side, generator=generator)
+    drawn = (1 + wave[:, None]) * colour + noise + 0.3 * torch.randn(count, 3, side, side, generator=generator)
     deviation, mean = torch.std_mean(drawn, (1, 2, 3), keepdim=True)
     return (drawn - mean) / deviation, targets
+
+
+def find_images(folder: Path) -> list[tuple[Path, int]]:
+    """Lists images as torchvision's ``ImageFolder`` does: ``folder/<class>/x.jpg``, classes numbered by their names.
+
+    Args:
+        folder: ``val`` or ``train``. It must have a folder for every class, since those give the numbers.
+
+    Returns:
+        Files and their classes, class by class.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no image in it.
+    """
+    names = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+    files = [
+        (file, number)
+        for number, name in enumerate(names)
+        for file in sorted((folder / name).rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no images: it needs a folder for each class, with {', '.join(SUFFIXES)}")
+    return files
+
+
+def read_image(file: Path, side: int = SIDE) -> Tensor:
+    """Reads an image as networks of torchvision are evaluated: shorter side 8/7 of ``side``, the centre, normalized.
+
+    Args:
+        file: in a format that Pillow reads.
+        side: height and width of what is returned, in pixels.
+
+    Returns:
+        Float32, (3, side, side).
+
+    Raises:
+        ValueError: if it is damaged, or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{file} is damaged, or no image: {error}") from error
+    shorter = side * 8 // 7
+    width, height = (int(shorter * each / min(image.size)) for each in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
 
 
 def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
@@ -195,7 +252,7 @@ def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
         for norm in norms:
             norm.momentum = None  # the plain average over the batches
             norm.train()
-        for batch in x.split(BATCH):
+        for batch in x.split(BATCH) if norms else ():
             model(batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -167,3 +167,35 @@ def test_export_needs_one_checkpoint(run_folder, command):
     code, _, error = command("export", run_folder, "--module", RECIPES / "digits.py")
     assert code == 2
     assert re.search(r"has 2 checkpoints: give one of them, as .*O1-seed0.model\.pt", error)
+
+
+def test_a_transformer_from_training_to_files(command, tmp_path):
+    pytest.importorskip("onnxruntime", reason="agreement with onnxruntime needs onnxruntime")
+    small = ["seeds=[0]", "epochs=1", "threads=1", "model.args.width=16", "model.args.depth=1", "data.args.stride=2048"]
+    recipe = load_recipe(RECIPES / "text.yaml", [*small, "data.args.test_share=0.02", f"output={tmp_path}"])
+    folder = run_recipe(recipe, "text", progress=False)[0]
+    (checkpoint,) = folder.rglob("model.pt")
+    saved, recipe, net = restore(checkpoint)
+    _, test = load_data(recipe)
+    model = inference.load(net, saved)
+    accuracy, _ = evaluate(model, test)
+    code, output, error = command("eval", folder)
+    assert (code, error) == (0, "")
+    assert f"{accuracy:.2%}" in output.splitlines()[-2].split("│")[-2]
+    arguments = ("--output", tmp_path / "net.cambricon", "--batch", 2, "--onnx", "--vendor")
+    code, _, error = command("export", folder, *arguments)
+    assert code == 0, error
+    tokens = torch.stack([test[i][0] for i in range(2)])
+    torch.save(tokens, tmp_path / "x.pt")
+    assert command("infer", tmp_path / "net.cambricon", "--input", "x.pt", "--output", "y.npy")[0] == 0
+    with torch.no_grad():
+        expected = model(tokens)
+    assert numpy.array_equal(numpy.load(tmp_path / "y.npy"), expected.numpy())
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    largest = expected.abs().max().item()
+    assert numpy.abs(found - expected.numpy()).max() < 0.05 * largest  # an integer may be another beside a tie
+    state = torch.load(tmp_path / "net.pth", weights_only=True)
+    assert "blocks.0.query.quantized_mode" in state

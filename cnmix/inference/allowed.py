@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fixed_point import BITS, POSITION_MAX, POSITION_MIN, ROUNDINGS
-from .program import CONVOLUTION, LINEAR, Ref, find_operator
-from .shapes import broadcast
-
-MAX_ELEMENTS = 2**31
-_ROUNDINGS = tuple(name for name in ROUNDINGS if name != "stochastic")
-_WEIGHTS = {8: torch.int8, 16: torch.int16, 31: torch.int32}
+from .names import STORED_WEIGHTS
+from .product_checks import MAX_ELEMENTS, check_batches, check_product, need
+from .program import Ref, find_operator
 
 # Name and overloads of each.
 _ATEN = """
@@ -49,8 +45,8 @@ _softmax default; log_softmax int; _log_softmax default
 sum default dim_IntList; mean default dim; prod default dim_int; amax default; amin default; max default dim;
 min default dim; argmax default; argmin default; all default dim; any default dim; cumsum default; cumprod default;
 logsumexp default; var default dim correction; std default dim correction; var_mean default dim correction;
-std_mean default dim correction; norm Scalar ScalarOpt_dim; linalg_vector_norm default; topk default; sort default;
-argsort default; median default dim; kthvalue default; cosine_similarity default
+std_mean default dim correction; norm Scalar ScalarOpt_dim; linalg_vector_norm default; topk default;
+sort default stable; argsort default stable; median default dim; kthvalue default; cosine_similarity default
 
 linear default; matmul default; mm default; bmm default; mv default; dot default; addmm default; baddbmm default;
 einsum default; outer default; scaled_dot_product_attention default; embedding default
@@ -86,7 +82,7 @@ ALLOWED = frozenset(
     for entry in line.split(";")
     if entry.strip()
     for overload in entry.split()[1:]
-) | {LINEAR, CONVOLUTION}
+) | frozenset(STORED_WEIGHTS)
 
 
 def bound_arguments(operator: str, arguments: list[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,69 +152,13 @@ def check_call(operator: str, bound: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if they do not belong together.
     """
+    if operator in STORED_WEIGHTS:
+        check_product(operator, bound)
+        return
     packet = operator.split(".")[1]
     rule = _RULES.get(packet) or (_check_upsample if packet.startswith("upsample_") else None)
     if rule is not None:
         rule(bound)
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_formats(bound: Mapping[str, Any]) -> None:
-    _need(len(bound["formats"]) == 4, "formats must be bits and position of the input, and of the weight")
-    bits, position, weight_bits, weight_position = bound["formats"]
-    x, weight, bias = bound["x"], bound["weight"], bound["bias"]
-    _need(bits in BITS and weight_bits in BITS, f"bits must be 8, 16 or 31, got {bits} and {weight_bits}")
-    _need(
-        all(POSITION_MIN <= each <= POSITION_MAX for each in (position, weight_position)),
-        f"positions must lie in [{POSITION_MIN}, {POSITION_MAX}], got {position} and {weight_position}",
-    )
-    wanted = _WEIGHTS[weight_bits]
-    _need(weight.dtype == wanted, f"a weight of {weight_bits} bits must be {wanted}, got {weight.dtype}")
-    _need(x.is_floating_point(), f"the input must be of a float dtype, got {x.dtype}")
-    _need(bound["rounding"] in _ROUNDINGS, f"rounding must be one of {', '.join(_ROUNDINGS)}")
-    _need(bias is None or bias.dtype == torch.float32, "the bias must be float32")
-
-
-def _check_linear(bound: Mapping[str, Any]) -> None:
-    _check_formats(bound)
-    x, weight, bias = bound["x"], bound["weight"], bound["bias"]
-    _need(weight.dim() == 2 and 0 not in weight.shape, f"the weight must have shape (O, K), got {tuple(weight.shape)}")
-    _need(
-        x.dim() > 0 and x.shape[-1] == weight.shape[1],
-        f"an input {tuple(x.shape)} does not fit a weight {tuple(weight.shape)}",
-    )
-    _need(bias is None or tuple(bias.shape) == (weight.shape[0],), "the bias must have a number for each output")
-
-
-def _check_convolution(bound: Mapping[str, Any]) -> None:
-    _check_formats(bound)
-    x, weight, bias, groups = bound["x"], bound["weight"], bound["bias"], bound["groups"]
-    spatial = weight.dim() - 2
-    _need(1 <= spatial <= 3 and 0 not in weight.shape, f"the weight has shape {tuple(weight.shape)}")
-    _need(x.dim() == weight.dim(), f"an input {tuple(x.shape)} does not fit a weight {tuple(weight.shape)}")
-    lists = {name: bound[name] for name in ("stride", "padding", "dilation")}
-    if bound["transposed"]:
-        lists["output_padding"] = bound["output_padding"]
-    for name, numbers in lists.items():
-        least = 1 if name in ("stride", "dilation") else 0
-        _need(
-            len(numbers) == spatial and all(least <= n < MAX_ELEMENTS for n in numbers),
-            f"{name} must be {spatial} numbers of at least {least}, got {ascii(numbers)[:80]}",
-        )
-    _need(bound["transposed"] or all(n == 0 for n in bound["output_padding"]), "output_padding is for transposed ones")
-    outputs, inputs = weight.shape[:2] if not bound["transposed"] else (weight.shape[1] * groups, weight.shape[0])
-    inputs = inputs if bound["transposed"] else inputs * groups
-    _need(
-        groups >= 1 and weight.shape[0] % groups == 0 and x.shape[1] == inputs,
-        f"an input {tuple(x.shape)} does not fit a weight {tuple(weight.shape)} in {groups} groups",
-    )
-    _need(bias is None or tuple(bias.shape) == (outputs,), "the bias must have a number for each output channel")
-    padded = [n + 2 * p for n, p in zip(x.shape[2:], bound["padding"], strict=True)]
-    _need(x.shape[0] * x.shape[1] * math.prod(padded) <= MAX_ELEMENTS, "the padded input is too large")
 
 
 def _check_upsample(bound: Mapping[str, Any]) -> None:
@@ -226,61 +166,57 @@ def _check_upsample(bound: Mapping[str, Any]) -> None:
     size = bound.get("output_size")
     scales = [value for name, value in bound.items() if name in ("scales", "scales_d", "scales_h", "scales_w")]
     x = bound.get("self", bound.get("input"))
-    _need(isinstance(x, Tensor) and x.dim() >= 3, "it takes (N, C, *spatial)")
+    need(isinstance(x, Tensor) and x.dim() >= 3, "it takes (N, C, *spatial)")
     if bound.get("scale_factors") is not None:
         scales = bound["scale_factors"]
-        _need(size is None and len(scales) == x.dim() - 2, "scales must fit the spatial dimensions")
-    _need(size is None or len(size) == x.dim() - 2, "output_size must fit the spatial dimensions")
+        need(size is None and len(scales) == x.dim() - 2, "scales must fit the spatial dimensions")
+    need(size is None or len(size) == x.dim() - 2, "output_size must fit the spatial dimensions")
     for index, scale in enumerate(scales):
         if scale is None:
             continue
-        _need(2.0**-20 < scale < 2.0**20, f"a scale of {scale} is out of range")
+        need(2.0**-20 < scale < 2.0**20, f"a scale of {scale} is out of range")
         if size is not None:
             n = x.shape[2 + index]
-            _need(abs(n * scale - size[index]) <= 1, f"a scale of {scale} does not turn {n} into {size[index]}")
+            need(abs(n * scale - size[index]) <= 1, f"a scale of {scale} does not turn {n} into {size[index]}")
 
 
 def _check_norm(bound: Mapping[str, Any]) -> None:
     x = bound["input"]
-    _need(x.dim() >= 2, "it takes (N, C, *spatial)")
+    need(x.dim() >= 2, "it takes (N, C, *spatial)")
     statistics = [bound["running_mean"], bound["running_var"]]
-    _need(not bound.get("training", False), "it must not be in training")
+    need(not bound.get("training", False), "it must not be in training")
     if "use_input_stats" in bound:
-        _need(not bound["use_input_stats"] or statistics == [None, None], "it must not move running statistics")
+        need(not bound["use_input_stats"] or statistics == [None, None], "it must not move running statistics")
     for each in (bound["weight"], bound["bias"], *statistics):
-        _need(each is None or tuple(each.shape) == (x.shape[1],), "it takes one number for each channel")
+        need(each is None or tuple(each.shape) == (x.shape[1],), "it takes one number for each channel")
 
 
 def _check_attention(bound: Mapping[str, Any]) -> None:
     query, key = bound["query"], bound["key"]
-    _need(bound["dropout_p"] == 0, "it must have no dropout")
-    _need(query.dim() >= 2 and key.dim() >= 2, "it takes (..., length, features)")
+    need(bound["dropout_p"] == 0, "it must have no dropout")
+    need(query.dim() >= 2 and key.dim() >= 2, "it takes (..., length, features)")
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
-    _need(scores <= MAX_ELEMENTS, f"its {scores} scores are more than {MAX_ELEMENTS}")
+    need(scores <= MAX_ELEMENTS, f"its {scores} scores are more than {MAX_ELEMENTS}")
 
 
 def _check_matmul(bound: Mapping[str, Any]) -> None:
     # Torch repeats each operand for the other's batch.
     a, b = bound["self"], bound["other"]
     if a.dim() > 2 or b.dim() > 2:
-        batch = math.prod(broadcast(a.shape[:-2], b.shape[:-2]))
-        most = batch * max(math.prod(a.shape[-2:]), math.prod(b.shape[-2:]))
-        _need(most <= MAX_ELEMENTS, f"its operands have {most} numbers for all of the batch, more than {MAX_ELEMENTS}")
+        check_batches(a, b)
 
 
 def _check_einsum(bound: Mapping[str, Any]) -> None:
     # Of more there would be tensors between them whose size nothing says.
-    _need(len(bound["tensors"]) <= 2 and bound["path"] is None, "it may have two operands, and no path")
+    need(len(bound["tensors"]) <= 2 and bound["path"] is None, "it may have two operands, and no path")
 
 
 def _check_index(bound: Mapping[str, Any]) -> None:
     wrong = [each.dtype for each in bound["indices"] if each is not None and each.dtype in (torch.bool, torch.uint8)]
-    _need(not wrong, "a mask as an index gives a size that is not known beforehand")
+    need(not wrong, "a mask as an index gives a size that is not known beforehand")
 
 
 _RULES: dict[str, Callable[[Mapping[str, Any]], None]] = {
-    "integer_linear": _check_linear,
-    "integer_convolution": _check_convolution,
     "batch_norm": _check_norm,
     "instance_norm": _check_norm,
     "_native_batch_norm_legit_no_training": _check_norm,

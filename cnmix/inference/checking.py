@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .allowed import check_call
-from .program import CONVOLUTION, LINEAR, Program, Spec, Step, find_operator, resolved
+from .names import STORED_WEIGHTS
+from .program import Program, Spec, Step, find_operator, resolved
 from .shapes import returned_by_rule
 
 # Of calls for which there is no rule of shapes, and that no other one is like: each takes half a millisecond.
@@ -89,8 +90,9 @@ def check_values(program: Program, bounds: list[dict[str, Any]]) -> None:
                     if name is not None:
                         _check_value(name, program.specs[name], value)
                         values[name] = value
-                if step.operator in (LINEAR, CONVOLUTION):
-                    _check_weight(step, program.constants)
+                for argument in STORED_WEIGHTS.get(step.operator, ()):
+                    if bound[argument] is not None and not values[bound[argument].name].is_floating_point():
+                        _check_weight(program.constants.get(bound[argument].name))
             except Exception as error:  # whatever operators of torch raise for what they cannot take
                 lines = str(error).splitlines() or [type(error).__name__]
                 raise ValueError(f"its step {index}, {step.operator}: {ascii(lines[0])[1:-1][:200]}") from None
@@ -119,7 +121,7 @@ def _returned(
     check_call(step.operator, bound)
     by_rule = returned_by_rule(step.operator, bound)
     if by_rule is not None:
-        return [by_rule]
+        return by_rule
     key = f"{step.operator} {_told(bound)}"
     if key not in known:
         if len(known) == MAX_DIFFERENT:
@@ -142,7 +144,7 @@ def _told(bound: Any) -> Any:
 
 
 def _on_meta(spec: Spec) -> Tensor:
-    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device="meta")
 
 
 def _check_value(name: str, spec: Spec, value: Tensor) -> None:
@@ -151,8 +153,7 @@ def _check_value(name: str, spec: Spec, value: Tensor) -> None:
         raise ValueError(f"returns {dtypes[0]} {tuple(value.shape)}, but {name} is said to be {dtypes[1]} {spec.shape}")
 
 
-def _check_weight(step: Step, constants: Mapping[str, Tensor]) -> None:
-    weight = constants.get(step.arguments[1].name)
+def _check_weight(weight: Tensor | None) -> None:
     if weight is None:
         raise ValueError("the weight must be a constant")
     if weight.dtype == torch.int32 and (int(weight.min()) < -(2**30) or int(weight.max()) >= 2**30):

@@ -12,11 +12,11 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
+from ..files import replacing
 from ..version import __version__
 
 FORMAT = "cnmix-offline"
@@ -66,10 +66,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entries: 
         ValueError: if there is more to say in the header than a file may hold.
     """
     save_file = _safetensors("torch").save_file
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         metadata = {**entries, "format": FORMAT, "format_version": str(VERSION), "sha256": "0" * 64}
         save_file(dict(tensors), temporary, metadata)
         with open(temporary, "r+b") as file:
@@ -81,12 +78,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entries: 
             digest = _digest(file, header)
             file.seek(8 + header.index(_NO_DIGEST))
             file.write(_NO_DIGEST.replace(b"0" * 64, digest.encode()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return digest
 
 

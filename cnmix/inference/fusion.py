@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import is_float32_exponent
+from .names import CONVOLUTION, LINEAR
 from .nodes import Call, Floats, Fused, Integers, Key, Layout, Node, Stage, grouped
-from .program import CONVOLUTION, LINEAR, Program, Ref, Step, find_operator
+from .norms import norm_stages
+from .program import Program, Ref, Step, find_operator
 
 # Sums of more products than this could leave int32.
 LONGEST_SUM = (1 << 31) // (1 << 14) - 1
-# A plan's chain has 32 places, for operations and for where their results go: a float for each operation, if need be.
-_MOST_OPERATIONS = 12
-_MOST_FORMATS = 8
+# A plan's chain has 32 places, for operations and for where their results go: a float for each operation, if need be;
+# one step may be several.
+_MOST_OPERATIONS = 11
+_MOST_FORMATS = 7
 
 
 def fuse_steps(program: Program) -> list[list[Fused] | Call]:
@@ -34,8 +37,9 @@ def fuse_steps(program: Program) -> list[list[Fused] | Call]:
         single calls.
     """
     plain: set[int] = set()
+    norms = norm_stages(program)
     while True:
-        nodes = _Joining(program, plain).nodes()
+        nodes = _Joining(program, norms, plain).nodes()
         # Floats alone gain nothing from a plan, but would cut the calls around them into pieces.
         floats = {
             place
@@ -53,11 +57,12 @@ class _Joining:
 
     Args:
         program: to be fused.
+        norms: the stages of its batch norms, by the places of their steps.
         plain: places of steps that shall begin no chain, and be no part of one.
     """
 
-    def __init__(self, program: Program, plain: set[int]) -> None:
-        self.program = program
+    def __init__(self, program: Program, norms: dict[int, list[Stage]], plain: set[int]) -> None:
+        self.program, self.norms = program, norms
         self.makers: dict[str, int] = {}
         self.users: dict[str, list[int]] = {}
         for index, step in enumerate(program.steps):
@@ -135,11 +140,11 @@ class _Joining:
                 return
             known = self.chain_of.get(flow)
             layout: Layout = known.layout if known is not None else "image" if len(self._shape(flow)) == 4 else "rows"
-            stage = self._stage(step, flow, index, layout)
-            if stage is None or len(self._shape(flow)) < 2 or 0 in self._shape(flow):
+            stages = self._stages(index, flow, index, layout)
+            if stages is None or len(self._shape(flow)) < 2 or 0 in self._shape(flow):
                 return
-            made = Fused("elements", index, layout, [Floats(flow)], step, stages=[stage])
-            value = step.output
+            made = Fused("elements", index, layout, [Floats(flow)], step, stages=[*stages])
+            value = _result(step)
         made.places.append(index)
         made.points[value] = len(made.stages)
         self.chain_of[value] = made
@@ -147,19 +152,27 @@ class _Joining:
             found = next(self._continuations(value, index, made.layout), None)
             if found is None or len(made.stages) >= _MOST_OPERATIONS:
                 return
-            user, stage = found
+            user, stages = found
             self.taken.add(user)
             made.places.append(user)
-            made.stages.append(stage)
-            value = self.program.steps[user].output
+            made.stages += stages
+            value = _result(self.program.steps[user])
             made.points[value] = len(made.stages)
             self.chain_of[value] = made
 
-    def _continuations(self, value: str, index: int, layout: Layout) -> Iterator[tuple[int, Stage]]:
+    def _continuations(self, value: str, index: int, layout: Layout) -> Iterator[tuple[int, list[Stage]]]:
         for user in self.users.get(value, ()):
-            stage = None if user in self.taken else self._stage(self.program.steps[user], value, index, layout)
-            if stage is not None:
-                yield user, stage
+            stages = None if user in self.taken else self._stages(user, value, index, layout)
+            if stages is not None:
+                yield user, stages
+
+    def _stages(self, place: int, flow: str, index: int, layout: Layout) -> list[Stage] | None:
+        """Returns the step at a place as stages of the chain that began at ``index``, if it can be some of it."""
+        norm = self.norms.get(place)
+        if norm is not None:
+            return norm if layout == "image" or len(self._shape(flow)) == 2 else None
+        stage = self._stage(self.program.steps[place], flow, index, layout)
+        return None if stage is None else [stage]
 
     def _stage(self, step: Step, flow: str, index: int, layout: Layout) -> Stage | None:
         """Returns a step as a stage of a chain in which ``flow`` is the tensor, if it can be one at this place."""
@@ -327,6 +340,11 @@ def _repeats_pixels(step: Step, output: tuple[int, ...], size: tuple[int, ...]) 
     for dim, (after, before) in enumerate(zip(output, size, strict=True), 2):
         pixels = pixels.repeat_interleave(after // before, dim)
     return torch.equal(found, pixels)
+
+
+def _result(step: Step) -> str:
+    """Returns the one tensor of a chain's step: batch norms return others besides, which nothing takes."""
+    return next(name for name in step.outputs if name is not None)
 
 
 def _pair(given: Any, otherwise: Any) -> tuple[int, int]:

@@ -49,10 +49,11 @@ class Stage(NamedTuple):
 
     Attributes:
         kind: what it is.
-        operand: a factor or term for each channel or for all, the other tensor, a slope, or two limits.
+        operand: a factor or term for each channel or for all, both for each channel, the other tensor, a slope, or two
+            limits.
     """
 
-    kind: Literal["multiply", "add", "add_value", "relu", "leaky_relu", "clamp"]
+    kind: Literal["multiply", "add", "multiply_add", "add_value", "relu", "leaky_relu", "clamp"]
     operand: Any = None
 
 

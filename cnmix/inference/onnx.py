@@ -7,17 +7,21 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import replacing
+from ..nn.exported import FITTING
 from ..version import __version__
+from .allowed import bound_arguments
 from .fused import FusedModel
-from .program import CONVOLUTION, LINEAR, Program, Step, run_step
+from .names import CONVOLUTION, FILTER, GROUPED, LINEAR, MATMUL, RECURRENCE, STORED_WEIGHTS
+from .program import Program, Step, run_step
 
+_WITHOUT_FORM = {RECURRENCE: "a recurrent layer", GROUPED: "groups of rows, each by a matrix of its own"}
 _ONNX_TYPES = {torch.int8: 3, torch.int16: 5}  # numbers of onnx.TensorProto
 
 
@@ -25,9 +29,10 @@ def to_onnx(fused: FusedModel, path: str | os.PathLike[str]) -> None:
     """Writes an integer model as an ONNX file, for the shapes of the inputs that it was fused with.
 
     A product is its float operator, with QuantizeLinear and DequantizeLinear at its input and DequantizeLinear at its
-    weight, whose integers are in the file. Products that take a tensor in one format share the pair. Scales are powers
-    of two, zero points 0. Everything else is in float32, as in the model; a batch norm is Mul and Add. Operands of 31
-    bits, which QuantizeLinear has not, are rounded by Round and Clip. Models with int16 need opset 21, others 20.
+    weight, whose integers are in the file; a product of two activations, as in attention, has the pair at both.
+    Products that take a tensor in one format share the pair. Scales are powers of two, zero points 0. Everything else
+    is in float32, as in the model; a batch norm is Mul and Add. Operands of 31 bits, which QuantizeLinear has not, are
+    rounded by Round and Clip. Models with int16 need opset 21, others 20.
 
     Args:
         fused: what ``fuse`` returned.
@@ -35,7 +40,8 @@ def to_onnx(fused: FusedModel, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ModuleNotFoundError: if onnx or onnxscript is not installed.
-        ValueError: if ONNX has no form of something that the model does; the message names it.
+        ValueError: if ONNX has no form of something that the model does, as of recurrent layers, groups of rows and
+            positions that fit each tensor anew; the message names it.
     """
     try:
         import onnx
@@ -43,21 +49,15 @@ def to_onnx(fused: FusedModel, path: str | os.PathLike[str]) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} is missing, which writes ONNX: pip install 'cnmix[onnx]'") from error
     name = type(fused.model).__name__
-    exported = _export(fused.first.program, name)
+    exported = _export(fused.stored()[0], name)
     model = exported.model
     model.producer_name, model.producer_version, model.graph.name = "cnmix", __version__, name
     model.metadata_props["cnmix"] = __version__
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # lines of the code that it was traced from
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         exported.save(str(temporary))
         onnx.checker.check_model(str(temporary), full_check=True)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _export(program: Program, name: str) -> Any:
@@ -120,10 +120,18 @@ class _Dequantized(nn.Module):
             if not _is_product(step):
                 run_step(step, values)
                 continue
-            source, (bits, position, *_) = step.arguments[0].name, _formats(step)
-            if (source, bits, position) not in rounded:
-                rounded[source, bits, position] = self._rounded(values[source].float(), bits, position)
-            values[step.output] = self._product(step, rounded[source, bits, position], values).to(values[source].dtype)
+            bits, position, right_bits, right_position = _formats(step)
+            operands = [(step.arguments[0].name, bits, position)]
+            if step.operator in (MATMUL, FILTER):
+                operands.append((step.arguments[1].name, right_bits, right_position))
+            for each in operands:
+                if each not in rounded:
+                    rounded[each] = self._rounded(values[each[0]].float(), *each[1:])
+            if len(operands) == 2:
+                values[step.output] = _multiplied(step, *(rounded[each] for each in operands))
+            else:
+                source = values[step.arguments[0].name]
+                values[step.output] = self._product(step, rounded[operands[0]], values).to(source.dtype)
         return [values[name] for name in program.outputs]
 
     def _product(self, step: Step, x: Tensor, values: dict[str, Tensor]) -> Tensor:
@@ -131,9 +139,7 @@ class _Dequantized(nn.Module):
         weight = values[step.arguments[1].name]
         bias = None if step.arguments[2] is None else values[step.arguments[2].name]
         if step.operator == CONVOLUTION:
-            stride, padding, dilation, groups, transposed, extra = step.arguments[3:9]
-            weight, extra = self._dequantized(weight, position), extra or [0] * len(stride)
-            return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, extra, groups)
+            return _convolved(x, self._dequantized(weight, position), bias, *step.arguments[3:9])
         if x.dim() == 2:
             return F.linear(x, self._dequantized(weight, position), bias)
         y = torch.matmul(x, self._dequantized(getattr(self, f"{step.arguments[1].name}_transposed"), position))
@@ -165,17 +171,57 @@ def _scale(position: int) -> str:
 
 
 def _is_product(step: Step) -> bool:
-    return step.operator in (LINEAR, CONVOLUTION)
+    return step.operator in STORED_WEIGHTS
+
+
+def _multiplied(step: Step, a: Tensor, b: Tensor) -> Tensor:
+    """Returns a product of two activations, float32."""
+    return torch.matmul(a, b) if step.operator == MATMUL else _convolved(a, b, None, *step.arguments[2:8])
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    extra: list[int],
+) -> Tensor:
+    extra = extra or [0] * len(stride)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, extra, groups)
 
 
 def _formats(step: Step) -> tuple[int, int, int, int]:
-    formats, rounding, _, name = step.arguments[-4:]
-    if rounding != "nearest_even":
+    """Returns bits and position of both operands.
+
+    Raises:
+        ValueError: if ONNX has no such product.
+    """
+    name = step.arguments[-1]
+    if step.operator in _WITHOUT_FORM:
         raise ValueError(
-            f"{name!r} rounds its input by {rounding!r}, and ONNX rounds to nearest, ties to even: train with "
+            f"{name!r} multiplies {_WITHOUT_FORM[step.operator]}, in integers, which ONNX has no operator for: save an "
+            "offline model, or leave it out of fixed point in training (exclude)"
+        )
+    bound = bound_arguments(step.operator, step.arguments, step.keywords)
+    roundings = [value for argument, value in bound.items() if argument.endswith("rounding")]
+    wrong = next((each for each in roundings if each != "nearest_even"), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{name!r} rounds its input by {wrong!r}, and ONNX rounds to nearest, ties to even: train with "
             "rounding='nearest_even'"
         )
-    return tuple(formats)
+    per_matrix = any(bound.get("per_entry", ()))
+    if per_matrix or FITTING in bound["formats"]:
+        cure = "with per_entry=False" if per_matrix else "until it has found one"
+        raise ValueError(
+            f"{name!r} quantizes at the position that fits each {'matrix' if per_matrix else 'tensor'} anew, and "
+            f"QuantizeLinear at one that is known: train {cure}, or save an offline model"
+        )
+    return tuple(bound["formats"])
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..nn.card_tensors import to_device_of, to_host
 from ..nn.exported import FITTING
 from ..nn.grouped import multiply_groups
 from ..nn.products import ConvolutionGeometry
+from . import shapes
 
 
 def quantize(x: Tensor, bits: int, position: int, rounding: str) -> FixedPoint:
@@ -28,9 +29,9 @@ def quantize(x: Tensor, bits: int, position: int, rounding: str) -> FixedPoint:
 
 def quantize_each(x: Tensor, bits: int, position: int, per_entry: bool, rounding: str) -> FixedPoint | FixedPointBatch:
     """Quantizes a batch of matrices (*batch, M, K): all alike, or each at the position that fits it."""
-    if per_entry:
+    if per_entry and x.dim() > 2:
         return kernels.quantize_batch(x, bits, None, rounding, batch_dims=x.dim() - 2)[0]
-    return quantize(x, bits, position, rounding)
+    return quantize(x, bits, FITTING if per_entry else position, rounding)
 
 
 def multiply_rows(x: FixedPoint, weight: FixedPoint, bias: Tensor | None, exact: bool, name: str) -> Tensor:
@@ -172,70 +173,13 @@ _library.define(
     f"bool transposed, int[] output_padding, {_BOTH.format('')}) -> Tensor"
 )
 _library.define(f"integer_grouped(Tensor x, Tensor weight, Tensor ends, {_BOTH.format('')}) -> Tensor")
-for _name, _function in {
-    "integer_linear": _linear,
-    "integer_convolution": _convolution,
-    "integer_matmul": _matmul,
-    "integer_filter": _filter,
-    "integer_grouped": _grouped,
-}.items():
+for _name, _function, _returned in (
+    ("integer_linear", _linear, shapes.linear),
+    ("integer_convolution", _convolution, shapes.convolution),
+    ("integer_matmul", _matmul, shapes.matmul),
+    ("integer_filter", _filter, shapes.filtered),
+    ("integer_grouped", _grouped, shapes.grouped),
+):
     for _device in ("CPU", "PrivateUse1"):
         _library.impl(_name, _function, _device)
-
-
-@torch.library.register_fake("cnmix::integer_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("cnmix::integer_convolution", lib=_library)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    *_: object,
-) -> Tensor:
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
-    images, channels, *size = geometry.output_shape(x.shape, weight.shape)
-    return _image(x, (images, channels, *size), x.dtype)
-
-
-@torch.library.register_fake("cnmix::integer_matmul", lib=_library)
-def _(a: Tensor, b: Tensor, *_: object) -> Tensor:
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=torch.float32)
-
-
-@torch.library.register_fake("cnmix::integer_filter", lib=_library)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    *_: object,
-) -> Tensor:
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
-    images, channels, *size = geometry.output_shape(x.shape, weight.shape)
-    return _image(x, (images, channels, *size), torch.float32)
-
-
-@torch.library.register_fake("cnmix::integer_grouped", lib=_library)
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[2]), dtype=torch.float32)
-
-
-def _image(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Returns an uninitialized (N, channels, *size) that lies in memory as ``x`` does."""
-    if not kernels.has_channels_last(x):
-        return x.new_empty(shape, dtype=dtype)
-    return x.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+    torch.library.register_fake(f"cnmix::{_name}", _returned, lib=_library)

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from . import operators, recurrence  # noqa: F401  (define the operators)
 
-LINEAR = "cnmix.integer_linear.default"
-CONVOLUTION = "cnmix.integer_convolution.default"
-
 
 @dataclass(frozen=True)
 class Ref:

@@ -17,6 +17,7 @@ from ..nn.exported import FITTING
 from ..nn.gates import KINDS
 from ..nn.quantizers import ModuleQuantizers
 from ..nn.recurrence import Layer, run_layer
+from . import shapes
 
 
 def _recurrence(
@@ -101,21 +102,4 @@ _library.define(
 )
 for _device in ("CPU", "PrivateUse1"):
     _library.impl("integer_recurrence", _recurrence, _device)
-
-
-@torch.library.register_fake("cnmix::integer_recurrence", lib=_library)
-def _(
-    x: Tensor,
-    w_input: Tensor,
-    w_hidden: Tensor,
-    b_input: Tensor | None,
-    b_hidden: Tensor | None,
-    w_projection: Tensor | None,
-    h: Tensor,
-    c: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def empty(shape: tuple[int, ...]) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    return empty((x.shape[0], h.shape[1])), empty(h.shape), empty((0,) if c is None else c.shape)
+torch.library.register_fake("cnmix::integer_recurrence", shapes.recurrence, lib=_library)

@@ -1,18 +1,21 @@
-"""What common operators return, by rule: torch's own way, the meta device, is slow and at first imports the compiler.
+"""What operators return, as tensors without memory.
 
-A rule says nothing (None) where it is not sure; torch then does.
+Of the products of integer models this is the definition, which ``operators`` and ``recurrence`` register with torch. Of
+common operators of torch it is a rule beside torch's own way, the meta device, which is slow and at first imports the
+compiler. Such a rule says nothing (None) where it is not sure; torch then does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..nn.products import ConvolutionGeometry
+from .names import CONVOLUTION, FILTER, GROUPED, LINEAR, MATMUL, RECURRENCE
 
 Bound = Mapping[str, Any]
 
@@ -22,18 +25,20 @@ clamp clamp_min clamp_max alias detach batch_norm instance_norm
 """
 
 
-def returned_by_rule(operator: str, bound: Bound) -> Tensor | None:
-    """Returns what an operator returns, on the meta device.
+def returned_by_rule(operator: str, bound: Bound) -> list[Tensor] | None:
+    """Returns what an operator returns, on the meta device; None where no rule says it.
 
     Args:
         operator: its name; ``check_call`` has seen it.
-        bound: its arguments by name; tensors are on the meta device.
+        bound: its arguments by name, in the order of its schema; tensors are on the meta device.
 
     Raises:
         RuntimeError, ValueError: if the arguments do not belong together.
     """
+    product = _PRODUCTS.get(operator)
     rule = _RULES.get(operator)
-    return None if rule is None else rule(bound)
+    returned = product(*bound.values()) if product is not None else None if rule is None else rule(bound)
+    return [returned] if isinstance(returned, Tensor) else None if returned is None else list(returned)
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
@@ -43,11 +48,76 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
         ValueError: if the shapes do not broadcast.
     """
     rank = max(map(len, shapes), default=0)
-    columns = zip(*((1,) * (rank - len(shape)) + tuple(shape) for shape in shapes), strict=True)
-    sizes = [set(column) - {1} or {1} for column in columns]
-    if any(len(each) > 1 for each in sizes):
+    columns = list(zip(*((1,) * (rank - len(shape)) + tuple(shape) for shape in shapes), strict=True))
+    sizes = [next((n for n in column if n != 1), 1) for column in columns]
+    if any(n not in (1, size) for column, size in zip(columns, sizes, strict=True) for n in column):
         raise ValueError(f"the shapes {' and '.join(str(tuple(shape)) for shape in shapes)} do not go together")
-    return tuple(size for (size,) in sizes)
+    return tuple(sizes)
+
+
+def linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    """Returns what ``integer_linear`` does."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """Returns what ``integer_convolution`` does."""
+    return _image(x, weight, x.dtype, *arguments)
+
+
+def matmul(a: Tensor, b: Tensor, *_: object) -> Tensor:
+    """Returns what ``integer_matmul`` does."""
+    batch = broadcast(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=torch.float32)
+
+
+def filtered(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    """Returns what ``integer_filter`` does."""
+    return _image(x, weight, torch.float32, *arguments)
+
+
+def grouped(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    """Returns what ``integer_grouped`` does."""
+    return x.new_empty((x.shape[0], weight.shape[2]), dtype=torch.float32)
+
+
+def recurrence(
+    x: Tensor,
+    w_input: Tensor,
+    w_hidden: Tensor,
+    b_input: Tensor | None,
+    b_hidden: Tensor | None,
+    w_projection: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what ``integer_recurrence`` does."""
+    shapes = ((x.shape[0], h.shape[1]), h.shape, (0,) if c is None else c.shape)
+    y, last, cell = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return y, last, cell
+
+
+def _image(
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+    *_: object,
+) -> Tensor:
+    """Returns a convolution's (N, channels, *output), which lies in memory as ``x`` does."""
+    geometry = ConvolutionGeometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
+    images, channels, *size = geometry.output_shape(x.shape, weight.shape)
+    if not kernels.has_channels_last(x):
+        return x.new_empty((images, channels, *size), dtype=dtype)
+    return x.new_empty((images, *size, channels), dtype=dtype).movedim(-1, 1)
 
 
 def _same(bound: Bound) -> Tensor | None:
@@ -171,20 +241,6 @@ def _prelu(bound: Bound) -> Tensor | None:
     return x if weight.dim() == 1 and weight.shape[0] in wanted and weight.dtype == x.dtype else None
 
 
-def _linear(bound: Bound) -> Tensor:
-    return bound["x"].new_empty((*bound["x"].shape[:-1], bound["weight"].shape[0]))
-
-
-def _convolution(bound: Bound) -> Tensor:
-    lists = ("stride", "padding", "dilation", "output_padding")
-    stride, padding, dilation, extra = (tuple(bound[name]) for name in lists)
-    geometry = ConvolutionGeometry(stride, padding, dilation, bound["groups"], bound["transposed"], extra)
-    images, channels, *size = geometry.output_shape(bound["x"].shape, bound["weight"].shape)
-    if math.prod((images, channels, *size)) >= 2**62:
-        raise ValueError("it returns too many numbers")
-    return bound["x"].new_empty((images, *size, channels)).movedim(-1, 1)
-
-
 _RULES: dict[str, Callable[[Bound], Tensor | None]] = {
     **{f"aten.{name}.default": _same for name in _ELEMENTWISE.split()},
     "aten.pow.Tensor_Scalar": _same,
@@ -205,6 +261,12 @@ _RULES: dict[str, Callable[[Bound], Tensor | None]] = {
     "aten.group_norm.default": _group_norm,
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.prelu.default": _prelu,
-    "cnmix.integer_linear.default": _linear,
-    "cnmix.integer_convolution.default": _convolution,
+}
+_PRODUCTS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+    LINEAR: linear,
+    CONVOLUTION: convolution,
+    MATMUL: matmul,
+    FILTER: filtered,
+    GROUPED: grouped,
+    RECURRENCE: recurrence,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import modules as quantized
-from ..nn import quantized_modules
+from ..nn import quantized_modules, quantizer_sets
 from .freezing import prepare
 
 logger = logging.getLogger("cnmix")
@@ -62,8 +62,13 @@ def vendor_state_dict(model: nn.Module, checkpoint: Mapping[str, Any] | str | os
             state.update({f"{fqn}.{name}": value for name, value in _quantization(fqn, module).items()})
         else:
             left.append(fqn or type(model).__name__)
+    functions = [name for name, quantizers in quantizer_sets(prepared) if quantizers.of_function]
+    left += [name for name in functions if not name.endswith("value_gradient")]  # of training alone
     if left:
-        logger.warning("the vendor's package has no integers for %s, which are float there", ", ".join(sorted(left)))
+        logger.warning(
+            "the vendor's package has no integers for the products of %s, which are float there",
+            ", ".join(sorted(left)),
+        )
     return state
 
 

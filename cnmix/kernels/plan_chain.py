@@ -15,7 +15,7 @@ from .native import structures
 # StageKind of plan.h.
 _KINDS = (
     *("multiply", "multiply number", "add", "add value", "relu", "leaky relu", "clamp", "store"),
-    *("quantize 8", "quantize 16", "bounded"),
+    *("quantize 8", "quantize 16", "bounded", "multiply add"),
 )
 _MOST_STAGES = 32  # of plan.h
 ARENA = 0  # the address that inner values count from; each input and output has one of its own
@@ -67,6 +67,13 @@ class Add(NamedTuple):
     terms: Tensor
 
 
+class MultiplyAdd(NamedTuple):
+    """Multiplies by the factors of the channels and adds their terms, both float32 (C,), with one rounding."""
+
+    factors: Tensor
+    terms: Tensor
+
+
 class AddValue(NamedTuple):
     """Adds a float32 value of the same rows and channels."""
 
@@ -104,7 +111,7 @@ class Quantize(NamedTuple):
     position: int
 
 
-Stage: TypeAlias = Multiply | Add | AddValue | Relu | LeakyRelu | Clamp | Store | Quantize
+Stage: TypeAlias = Multiply | Add | MultiplyAdd | AddValue | Relu | LeakyRelu | Clamp | Store | Quantize
 
 
 class Bounded(NamedTuple):
@@ -142,6 +149,8 @@ def simplify(chain: Sequence[Stage], bound: float, of_sums: bool) -> list[Stage 
             bound *= _largest(stage.factors) * _ROUNDING
         elif isinstance(stage, Add):
             bound = (bound + _largest(stage.terms)) * _ROUNDING
+        elif isinstance(stage, MultiplyAdd):
+            bound = (bound * _largest(stage.factors) + _largest(stage.terms)) * _ROUNDING
         elif isinstance(stage, AddValue):
             bound = (bound + stage.value.bound) * _ROUNDING
         elif isinstance(stage, LeakyRelu):
@@ -173,8 +182,9 @@ def check_chain(chain: Sequence[Stage], rows: int, channels: int) -> None:
     if len(chain) > _MOST_STAGES:
         raise ValueError(f"a chain has at most {_MOST_STAGES} stages, not {len(chain)}")
     for stage in chain:
-        if isinstance(stage, (Multiply, Add)) and isinstance(stage[0], Tensor):
-            constants = stage[0]
+        for constants in stage if isinstance(stage, (Multiply, Add, MultiplyAdd)) else ():
+            if not isinstance(constants, Tensor):
+                continue
             if constants.dtype != torch.float32 or tuple(constants.shape) != (channels,):
                 raise ValueError(
                     f"constants of {channels} channels are float32 ({channels},), not {tuple(constants.shape)}"
@@ -191,21 +201,27 @@ def encode(stage: Stage | Bounded, kept: list[object]) -> structures.Stage:
     if isinstance(stage, (Multiply, Add)):
         values = stage[0]
         if not isinstance(values, Tensor):
-            return structures.Stage(_KINDS.index("multiply number"), None, values)
-        # Registers of sixteen are read at once.
-        padded = torch.cat((values.detach(), values.new_zeros(16)))
-        kept.append(padded)
-        return structures.Stage(_KINDS.index("multiply" if isinstance(stage, Multiply) else "add"), padded.data_ptr())
+            return structures.Stage(_KINDS.index("multiply number"), None, None, values)
+        return structures.Stage(_KINDS.index("multiply" if isinstance(stage, Multiply) else "add"), _keep(values, kept))
+    if isinstance(stage, MultiplyAdd):
+        return structures.Stage(_KINDS.index("multiply add"), *(_keep(values, kept) for values in stage))
     if isinstance(stage, Quantize):
-        return structures.Stage(_KINDS.index(f"quantize {stage.bits}"), None, *_scale(-stage.position))
+        return structures.Stage(_KINDS.index(f"quantize {stage.bits}"), None, None, *_scale(-stage.position))
     if isinstance(stage, Bounded):
-        return structures.Stage(_KINDS.index("bounded"), None, stage.scale, stage.positive)
+        return structures.Stage(_KINDS.index("bounded"), None, None, stage.scale, stage.positive)
     if isinstance(stage, LeakyRelu):
-        return structures.Stage(_KINDS.index("leaky relu"), None, stage.slope)
+        return structures.Stage(_KINDS.index("leaky relu"), None, None, stage.slope)
     if isinstance(stage, Clamp):
-        return structures.Stage(_KINDS.index("clamp"), None, stage.low, stage.high)
+        return structures.Stage(_KINDS.index("clamp"), None, None, stage.low, stage.high)
     kinds: dict[type, str] = {AddValue: "add value", Relu: "relu", Store: "store"}
     return structures.Stage(_KINDS.index(kinds[type(stage)]))
+
+
+def _keep(values: Tensor, kept: list[object]) -> int:
+    """Returns the address of a copy, longer than there are channels: registers of sixteen are read at once."""
+    padded = torch.cat((values.detach(), values.new_zeros(16)))
+    kept.append(padded)
+    return padded.data_ptr()
 
 
 def _scale(exponent: int) -> tuple[float, float]:
@@ -224,12 +240,16 @@ def _join_factors(chain: Sequence[Stage]) -> list[Stage]:
     joined: list[Stage] = []
     for stage in chain:
         before = joined[-1] if joined else None
-        first = len(joined) == 1
-        if first and isinstance(stage, Multiply) and isinstance(before, Multiply) and isinstance(before.factors, float):
+        if (
+            len(joined) == 1
+            and isinstance(stage, (Multiply, MultiplyAdd))
+            and isinstance(before, Multiply)
+            and isinstance(before.factors, float)
+        ):
             product = stage.factors * before.factors
             power = math.frexp(before.factors)[0] == 0.5 and before.factors <= _EXACT[1]
             if power and _movable(stage.factors) and _movable(product):
-                joined[-1] = Multiply(product)
+                joined[-1] = stage._replace(factors=product)  # type: ignore[arg-type]
                 continue
         joined.append(stage)
     return joined
@@ -249,9 +269,11 @@ def _scale_constants(stages: list[Stage | Bounded], scale: float) -> tuple[list[
         if isinstance(stage, LeakyRelu) and (stage.slope == 0 or abs(stage.slope) > 2.0**-30):
             made.append(stage)
             continue
-        if isinstance(stage, (Multiply, Add)) and _movable(stage[0]) and _movable(stage[0] * scale):
-            made.append(type(stage)(stage[0] * scale))  # type: ignore[arg-type]
-            if isinstance(stage, Multiply):
+        if isinstance(stage, (Multiply, Add, MultiplyAdd)) and all(
+            _movable(each) and _movable(each * scale) for each in stage
+        ):
+            made.append(type(stage)(*(each * scale for each in stage)))  # type: ignore[arg-type]
+            if not isinstance(stage, Add):
                 return [*stages[:i], *reversed(made)], 1.0
             continue
         break

@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from ..inference.program import CONVOLUTION, LINEAR, Program, Step
+from ..inference.names import CONVOLUTION, LINEAR
+from ..inference.program import Program, Step
 
 INTEGER_PRODUCTS = frozenset({LINEAR, CONVOLUTION})
 """The products of quantized modules and integer models."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..inference.fused import FusedProgram
-from ..inference.program import CONVOLUTION, LINEAR, Program, Ref, Spec, Step, resolved, run_step
+from ..inference.names import CONVOLUTION, LINEAR
+from ..inference.program import Program, Ref, Spec, Step, resolved, run_step
 from .core.dumptool import write_value
 from .fused_operators import is_supported
 from .logs import read_levels

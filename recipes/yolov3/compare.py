@@ -2,14 +2,16 @@
 
     cnmix run recipes/yolov3/compare.py [--images 500] [runs/yolov3/<time>/yolov3.pt]
 
-Rows: the weights in float32; the checkpoint's integers operator by operator, and fused, which must agree bit for bit;
-and int8 with scales measured on 8 training images after training, on the emulated card, as the vendor's way has it.
+Rows: the weights in float32; the checkpoint's integers operator by operator, fused, and from a file without the model's
+code, which must agree bit for bit; and int8 with scales measured on 8 training images after training, on the emulated
+card, as the vendor's way has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,9 @@ import torch
 from data import SHAPES, collate
 from detection import detect, mean_average_precision
 from omegaconf import OmegaConf
+from settings import batches, load_data
 from torch import Tensor, nn
-from train import batches, build_model, load_data, newest_run
+from train import build_model, newest_run
 
 from cnmix import checkpoint, inference
 
@@ -38,11 +41,17 @@ def main(path: Path, images: int, batch_size: int) -> None:
     plain = build_model(settings)
     plain.load_state_dict(saved["state_dict"])
     integers = inference.load(build_model(settings), saved)
+    fused = inference.fuse(integers, example)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "yolov3.cambricon")
+        fused.save(file)
+        offline = inference.OfflineModel(file)  # maps the file, which it keeps when it has no name any more
     calibration, _ = collate([train_data[index] for index in range(CALIBRATION)])
     rows: dict[str, Callable[[Tensor], Tensor]] = {
         "float32": plain.eval(),
         "integers": integers,
-        "integers, fused": inference.fuse(integers, example),
+        "integers, fused": fused,
+        "integers, offline": offline,
         "int8, calibrated": _calibrated(plain, build_model(settings), calibration),
     }
     names = settings.data.names or SHAPES
@@ -57,8 +66,10 @@ def main(path: Path, images: int, batch_size: int) -> None:
         precision = mean_average_precision(found, [each for _, targets in loader for each in targets], len(names), size)
         shown = f"Mean AP {precision[0]:.4f}  at 0.5 {precision[1]:.4f}"
         print(f"{name:18} {shown}  {1000 * taken:.2f} ms of processor time an image")
-    same = all(map(torch.equal, outputs["integers"], outputs["integers, fused"]))
-    print("integers and fused: " + ("the same bits" if same else "DIFFERENT"))
+    ways = [each for name, each in outputs.items() if name.startswith("integers")]
+    same = all(torch.equal(each, first) for first, *others in zip(*ways, strict=True) for each in others)
+    print("integers operator by operator, fused and offline: " + ("the same bits" if same else "DIFFERENT"))
+    print(f"files: checkpoint {path.stat().st_size / 2**20:.1f} MiB, offline model {offline.size / 2**20:.1f} MiB")
 
 
 def _calibrated(trained: nn.Module, fresh: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:

@@ -64,6 +64,65 @@ class Tokens(nn.Module):
         return self.head(x)
 
 
+class Attending(nn.Module):
+    """Attends from one sequence to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 16)
+
+    def forward(self, x, y):
+        key, value = self.key(y).chunk(2, -1)
+        return F.scaled_dot_product_attention(self.query(x), key, value)
+
+
+class Filtering(nn.Module):
+    """Convolves by what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Parameter(torch.randn(2, 2, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(self.first(x), self.second.tanh() + 0.1, padding=1, groups=2)
+
+
+class Experts(nn.Module):
+    """Gives rows to one of three matrices each."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.experts = nn.Parameter(torch.randn(3, 8, 8) / 4)
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(-1)
+        order = chosen.argsort(stable=True)
+        ends = (chosen.unsqueeze(0) <= torch.arange(3).unsqueeze(1)).sum(1, dtype=torch.int32)
+        return F.grouped_mm(x[order], self.experts, offs=ends)
+
+
+class Kinds(nn.Module):
+    """A product of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.LSTM(8, 8, proj_size=4)
+        self.attending, self.experts = Attending(), Experts()
+        self.up = nn.Linear(4, 8)
+        self.blur = nn.Parameter(torch.randn(2, 1, 3))
+
+    def forward(self, x):
+        y = self.up(self.memory(x)[0])
+        y = F.conv1d(self.attending(x, y), self.blur * 0.5, padding=1, groups=2)
+        return self.experts(y.flatten(0, 1))
+
+
+def sequences(steps=4, rows=2, seed=0):
+    return torch.randn(steps, rows, 8, generator=torch.Generator().manual_seed(seed))
+
+
 def trained(make, inputs, **settings):
     """Trains a model for three steps; returns it as an integer model."""
     torch.manual_seed(0)

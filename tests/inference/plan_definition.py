@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnmix.kernels.plan import Add, AddValue, Clamp, LeakyRelu, Multiply, Quantize, Relu, Store
+from cnmix.inference.norms import fused_multiply_add
+from cnmix.kernels.plan import Add, AddValue, Clamp, LeakyRelu, Multiply, MultiplyAdd, Quantize, Relu, Store
 
 
 class Value:
@@ -101,6 +102,8 @@ class PlanDefinition:
                 y = y * (stage.factors.view(by_channel) if isinstance(stage.factors, Tensor) else stage.factors)
             elif isinstance(stage, Add):
                 y = y + stage.terms.view(by_channel)
+            elif isinstance(stage, MultiplyAdd):
+                y = fused_multiply_add(y, stage.factors.view(by_channel), stage.terms.view(by_channel))
             elif isinstance(stage, AddValue):
                 y = y + stage.value.tensor
             elif isinstance(stage, Relu):

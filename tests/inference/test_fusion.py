@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import cnmix
 from cnmix import inference
 from cnmix.inference.nodes import Call, Fused
+from cnmix.inference.norms import _rounds_once
 from cnmix.kernels import plan
 
 
@@ -81,8 +82,8 @@ def images(seed: int, n: int = 2) -> Tensor:
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def trained(build, **settings) -> nn.Module:
-    """The integer model of a few steps of training."""
+def trained(build, into=inference.load, **settings) -> nn.Module:
+    """The integer model of a few steps of training, as ``into`` makes it."""
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -93,7 +94,7 @@ def trained(build, **settings) -> nn.Module:
         sum(each.square().mean() for each in outputs).backward()
         optimizer.step()
     state = copy.deepcopy({"state_dict": model.state_dict(), "cnmix": cnmix.state_dict(model)})
-    return inference.load(build(), state)
+    return into(build(), state)
 
 
 def assert_same(given, expected) -> None:
@@ -127,6 +128,17 @@ def test_random_networks(seed):
     for scale in (0.0, 1e-4, 1e4):
         with torch.no_grad():
             assert_same(fused(x * scale), model(x * scale))
+
+
+@pytest.mark.usefixtures("_plans")
+@pytest.mark.parametrize("seed", range(8))
+def test_random_networks_that_keep_their_batch_norms(seed):
+    model = trained(lambda: RandomNet(seed), inference.prepare)
+    x = images(99)
+    fused = inference.fuse(model, x)
+    with torch.no_grad():
+        for given_x in (x, x.contiguous(memory_format=torch.channels_last), x * 1e4, x / 0, x * torch.nan):
+            assert_same(fused(given_x), model(given_x))
 
 
 @pytest.mark.usefixtures("_plans")
@@ -184,6 +196,18 @@ def test_products_take_along_what_follows_and_integers_travel(monkeypatch):
     floats = [name for node in nodes for name in node.stored]
     assert len(floats) == 3  # the output, what the residual adds, and what that is the maximum of
     assert [node.kind for node in nodes if isinstance(node, Fused)].count("max_pool") >= 1
+
+
+@pytest.mark.usefixtures("_plans")
+def test_batch_norms_that_stay_are_stages():
+    model, x = trained(Block, inference.prepare), images(0)
+    fused = inference.fuse(model, x)
+    assert not any(isinstance(part, Call) for part in fused.first.parts)
+    chains = [[stage.kind for stage in node.stages] for part in fused.first.parts for node in part.nodes]
+    affine = ["multiply_add"] if _rounds_once() else ["multiply", "add"]
+    assert chains.count(["multiply", *affine, "relu"]) == 3
+    with torch.no_grad():
+        assert_same(fused(x), model(x))
 
 
 def test_other_shapes_are_fused_when_they_come():

@@ -7,13 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from offline_files import Everything, Tokens, images, joined, parts, sealed, trained, with_program, write
+from offline_files import (
+    Attending,
+    Everything,
+    Experts,
+    Filtering,
+    Tokens,
+    images,
+    joined,
+    parts,
+    sealed,
+    sequences,
+    trained,
+    with_program,
+    write,
+)
 from torch import nn
 
 from cnmix import inference
 from cnmix.inference import OfflineModel
 from cnmix.inference.allowed import ALLOWED
+from cnmix.inference.names import CONVOLUTION, FILTER, GROUPED, LINEAR, MATMUL, RECURRENCE, STORED_WEIGHTS
 from cnmix.inference.program import find_operator
+from cnmix.nn.exported import FITTING
 
 
 def same(a, b):
@@ -69,9 +85,49 @@ def test_other_formats_and_operators(make, inputs, settings, tmp_path):
     fused.save(tmp_path / "file.cambricon")
     expected = fused(*inputs)
     same(expected, OfflineModel(tmp_path / "file.cambricon")(*inputs))
-    if make is Everything:  # what functions multiply is float32 in an exported graph
+    with torch.no_grad():
+        same(model(*inputs), expected)
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+
+PRODUCTS = {  # a model, its inputs, settings, and the operators of its products
+    "transformer": (transformer, [sequences()], {}, {LINEAR, MATMUL}),
+    "attention": (Attending, [sequences(), sequences(seed=1)], {"per_entry": True}, {LINEAR, MATMUL}),
+    "lstm": (lambda: nn.LSTM(8, 5, bidirectional=True), [sequences()], {}, {RECURRENCE}),
+    "projection": (lambda: nn.LSTM(8, 5, proj_size=3), [sequences()], {"bitwidth": 31}, {RECURRENCE}),
+    "gru": (lambda: nn.GRU(8, 5, 2), [sequences()], {"bitwidth": 16}, {RECURRENCE}),
+    "filter": (Filtering, [images()], {}, {CONVOLUTION, FILTER}),
+    "experts": (Experts, [sequences()[0]], {}, {LINEAR, GROUPED}),
+    "zeros": (Attending, [torch.zeros(4, 2, 8) for _ in range(2)], {}, {LINEAR, MATMUL}),  # fit no position in training
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_functions_and_recurrent_layers(name, tmp_path):
+    make, inputs, settings, operators = PRODUCTS[name]
+    if name == "experts" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    model = trained(make, inputs, **settings)
+    fused = inference.fuse(model, *inputs)
+    fused.save(tmp_path / "file.cambricon")
+    offline = OfflineModel(tmp_path / "file.cambricon")
+    assert {step.operator for step in offline.program.steps} & set(STORED_WEIGHTS) == operators
+    for factor in (1.0, -1.7):
+        each = [factor * x for x in inputs]
         with torch.no_grad():
-            same(model(*inputs), expected)
+            expected = model(*each)
+        same(expected, fused(*each))
+        same(expected, offline(*each))
+    if name == "zeros":
+        each = [sequences(), sequences(seed=1)]
+        with torch.no_grad():
+            same(model(*each), offline(*each))
+        formats = [step.arguments[3] for step in offline.program.steps if step.operator == LINEAR]
+        assert all(each[1] == FITTING for each in formats)
 
 
 def test_description(saved):
@@ -146,17 +202,20 @@ def test_threads_share_a_model(saved):
 
 
 def test_what_cannot_be_saved(saved, tmp_path):
-    class Random(nn.Module):
+    class Odd(nn.Module):
         def forward(self, x):
-            return x + torch.randn(3)
+            return torch.erfinv(x)
 
     class Listed(nn.Module):
         def forward(self, x):
             return {1: x + 1}
 
     path = tmp_path / "none.cambricon"
-    with pytest.raises(ValueError, match=r"aten\.randn\.default, which an offline model cannot"):
-        inference.fuse(Random().eval(), torch.ones(3)).save(path)
+    x = sequences()
+    with pytest.raises(ValueError, match="one tensor as several inputs"):
+        inference.fuse(Attending().eval(), x, x).save(path)
+    with pytest.raises(ValueError, match=r"aten\.erfinv\.default, which an offline model cannot"):
+        inference.fuse(Odd().eval(), torch.zeros(3)).save(path)
     with pytest.raises(ValueError, match="returns a dict: return tensors"):
         inference.fuse(Listed().eval(), torch.ones(3)).save(path)
     with pytest.raises(ValueError, match="its name must be a text"):

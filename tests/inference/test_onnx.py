@@ -9,8 +9,9 @@ from torch import nn
 
 import cnmix
 from cnmix.inference import fuse, load
+from cnmix.inference.names import CONVOLUTION, FILTER, LINEAR, MATMUL, STORED_WEIGHTS
 from cnmix.inference.onnx import to_onnx
-from cnmix.inference.program import CONVOLUTION, LINEAR, run_step
+from cnmix.inference.program import run_step
 
 onnx = pytest.importorskip("onnx", reason="writing ONNX files needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="agreement with onnxruntime needs onnxruntime")
@@ -87,6 +88,39 @@ class Shared(nn.Module):
 
     def forward(self, tokens):
         return self.query(tokens), self.key(tokens)
+
+
+class Attending(nn.Module):
+    """Attention, and a convolution by a weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
+        self.register_buffer("blur", torch.full((2, 1, 3), 1 / 3))
+
+    def forward(self, x):
+        q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in self.project(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.conv1d(y.flatten(2), self.blur, padding=1, groups=2).unflatten(-1, (-1, 4))
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.GRU(8, 4)
+
+    def forward(self, x):
+        return self.memory(x)[0]
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 8, 4))
+
+    def forward(self, x):
+        return F.grouped_mm(x, self.experts, offs=torch.tensor([1, 3], dtype=torch.int32))
 
 
 class Odd(nn.Module):
@@ -219,6 +253,46 @@ def test_all_kinds_of_products_and_float_operators(bitwidth, tolerance, tmp_path
     exported(model, x, tmp_path / "x.onnx")
     (y,) = run(tmp_path / "x.onnx", x, optimized=False)
     torch.testing.assert_close(y, model(x).detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("bitwidth", "tolerance"), [(8, 1e-6), (16, 1e-5), (31, 1e-6)])
+def test_products_of_activations(bitwidth, tolerance, tmp_path):
+    x = tokens()
+    model = trained(Attending, lambda step: (x, None), 2, bitwidth=bitwidth, max_bitwidth=bitwidth)
+    program = exported(model, x, tmp_path / "x.onnx")
+    assert sorted(step.operator for step in program.steps if step.operator in STORED_WEIGHTS) == [
+        FILTER, LINEAR, LINEAR, MATMUL, MATMUL
+    ]  # fmt: skip
+    (y,) = run(tmp_path / "x.onnx", x, optimized=False)
+    torch.testing.assert_close(y, model(x).detach(), rtol=0, atol=tolerance)
+    if bitwidth == 8:
+        kinds = [node.op_type for node in onnx.load(tmp_path / "x.onnx").graph.node]
+        # Of the convolution and each matrix product both operands, of the linear layers the input.
+        assert (kinds.count("QuantizeLinear"), kinds.count("DequantizeLinear")) == (8, 10)
+
+
+def test_products_without_onnx_form_are_named(tmp_path):
+    x = tokens()
+    for kind, given, settings, message in (
+        (Recurrent, x, {}, "'memory' multiplies a recurrent layer, in integers, which ONNX has no operator for"),
+        (
+            Experts,
+            x[0],
+            {},
+            r"grouped_mm\S* multiplies groups of rows, each by a matrix of its own, in integers, which",
+        ),
+        (Attending, x, {"per_entry": True}, "quantizes at the position that fits each matrix anew"),
+        (Attending, torch.zeros(3, 6, 8), {}, "'project' quantizes at the position that fits each tensor anew"),
+    ):
+        if kind is Experts and not hasattr(F, "grouped_mm"):
+            continue
+        with pytest.raises(ValueError, match=message):
+            exported(trained(kind, lambda step, given=given: (given, None), **settings), given, tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def tokens():
+    return torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_file(tmp_path):

@@ -141,10 +141,30 @@ def test_what_the_vendor_has_no_integers_for_is_named(caplog):
     torch.manual_seed(0)
     checkpoint = trained(Others(), random(5, 3, 4))
     state = vendor_state_dict(Others(), checkpoint)
-    assert "no integers for lstm, up, which are float there" in caplog.text
+    assert "no integers for the products of lstm, up, which are float there" in caplog.text
     assert {name for name in state if name.endswith("scale")} == {"head.scale"}
     plain = Others()
     plain.load_state_dict({name: value for name, value in state.items() if name in plain.state_dict()}, strict=True)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.mixed = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        y = self.head(x)
+        return nn.functional.scaled_dot_product_attention(y, y, y) @ self.mixed
+
+
+def test_what_functions_multiply_is_named(caplog):
+    checkpoint = trained(Attending(), random(5, 3, 4))
+    state = vendor_state_dict(Attending(), checkpoint)
+    for name in ("attention.scores, ", "attention.values, ", "matmul(mixed), which are float there"):
+        assert name in caplog.text
+    assert {name for name in state if name.endswith("scale")} == {"head.scale"}
+    quantize_dynamic_mlu(Attending()).load_state_dict(state, strict=True)
 
 
 def test_the_model_stays_and_its_errors_are_those_of_load():

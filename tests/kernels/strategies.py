@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -216,3 +218,31 @@ def total(
 def by_index(x: Tensor) -> dict[tuple[int, ...], int]:
     """Returns the integers of a tensor under their indices."""
     return dict(zip(itertools.product(*map(range, x.shape)), x.flatten().tolist(), strict=True))
+
+
+def nearly_cancelling(rows: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Elements (rows, C), factors and terms (C,) whose exact sums end far below the last bit of the products."""
+    generator = torch.Generator().manual_seed(channels)
+    factors, terms = torch.randn(2, channels, generator=generator)
+    x = torch.randn(rows, channels, generator=generator)
+    x[1::4] = -terms / factors
+    x[2::4] *= 2.0**20
+    x[3::4] *= 2.0**-26
+    # Sums in the middle of two floats, but for less than float64 holds.
+    x[0], factors[::2], terms[::2] = 1 + 2.0**-23, 1 + 2.0**-22, 2.0**-60
+    x[4], terms[1::4] = 1 + 2.0**-12, -(2.0**-70)
+    factors[1::4] = 1 + 2.0**-12
+    return x, factors, terms
+
+
+def rounded_once(x: Tensor, factors: Tensor, terms: Tensor) -> Tensor:
+    """The floats nearest to ``x * factors + terms``, (rows, C), of finite results: in exact fractions."""
+    numbers = zip(x.tolist(), *(each.expand_as(x).tolist() for each in (factors, terms)), strict=True)
+    exact = [Fraction(a) * Fraction(b) + Fraction(c) for row in numbers for a, b, c in zip(*row, strict=True)]
+    return torch.tensor([_nearest(each) for each in exact]).view_as(x)
+
+
+def _nearest(value: Fraction) -> float:
+    near = np.float32(float(value))
+    around = (near, np.nextafter(near, np.float32(-np.inf)), np.nextafter(near, np.float32(np.inf)))
+    return float(min(around, key=lambda each: (abs(Fraction(float(each)) - value), int(each.view(np.int32)) & 1)))

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnmix.inference.norms import fused_multiply_add
 from cnmix.kernels import native, plan
-from cnmix.kernels.plan import Add, AddValue, Clamp, LeakyRelu, Multiply, Plan, Quantize, Relu, Store
+from cnmix.kernels.plan import Add, AddValue, Clamp, LeakyRelu, Multiply, MultiplyAdd, Plan, Quantize, Relu, Store
 
-from .strategies import FILLS, integers
+from .strategies import FILLS, integers, nearly_cancelling, rounded_once
 from .strategies import same_bits as same_floats
 
 pytestmark = pytest.mark.skipif(not plan.serves(), reason="plans need the compiled part and AVX-512 VNNI")
@@ -84,6 +85,8 @@ def reference_chain(x, stages):
                 x = x * torch.tensor(factor, dtype=torch.float32)
             case Add(terms):
                 x = x + per_channel(terms, x)
+            case MultiplyAdd(factors, terms):
+                x = fused_multiply_add(x, per_channel(factors, x), per_channel(terms, x))
             case AddValue(value):
                 x = x + value
             case Relu():
@@ -110,6 +113,7 @@ def draw_chain(data, channels, shape, scale):
         "number": lambda: Multiply(0.3),
         "factors": lambda: Multiply(torch.rand(channels, generator=generator) + 0.5),
         "terms": lambda: Add(torch.randn(channels, generator=generator)),
+        "both": lambda: MultiplyAdd(*torch.randn(2, channels, generator=generator)),
         "residual": lambda: AddValue(torch.randn(shape, generator=generator)),
         "relu": Relu,
         "leaky": lambda: LeakyRelu(0.1),
@@ -289,7 +293,8 @@ def test_values_share_memory():
 
 @pytest.mark.parametrize("position", [-6, -1, 3])
 @pytest.mark.parametrize("middle", [Relu(), LeakyRelu(0.1), Clamp(-20.0, 30.0)])
-def test_integers_of_bounded_sums(position, middle):
+@pytest.mark.parametrize("roundings", [1, 2])
+def test_integers_of_bounded_sums(position, middle, roundings):
     """No element can be infinite where only integers come in: such chains take shorter ways."""
     x, weight, more = (
         integers((1, 48, 9, 7), 8),
@@ -298,7 +303,8 @@ def test_integers_of_bounded_sums(position, middle):
     )
     factors, terms = torch.rand(40) * 2.0**-9, torch.randn(40) * 100
     sums, others = exact_sums(x, weight, (1, 1), (0, 0), (1, 1)), exact_sums(x, more, (1, 1), (0, 0), (1, 1))
-    stages = [Multiply(0.5), Multiply(factors), Add(terms), middle]
+    affine = [MultiplyAdd(factors, terms)] if roundings == 1 else [Multiply(factors), Add(terms)]
+    stages = [Multiply(0.5), *affine, middle]
     (known,) = reference_chain(sums, [*stages, Store(None)])
     (residual,) = reference_chain(others, [Multiply(2.0**-8), Store(None)])
     (total,) = reference_chain(known, [AddValue(residual), Relu(), Store(None)])
@@ -320,7 +326,14 @@ def test_integers_of_bounded_sums(position, middle):
 
 
 @pytest.mark.parametrize(
-    "constants", [[Multiply(float("inf"))], [Multiply(1e38), Multiply(1e30)], [Add(torch.full((4,), torch.nan))]]
+    "constants",
+    [
+        [Multiply(float("inf"))],
+        [Multiply(1e38), Multiply(1e30)],
+        [Add(torch.full((4,), torch.nan))],
+        [MultiplyAdd(torch.ones(4), torch.full((4,), torch.inf))],
+        [MultiplyAdd(torch.full((4,), 1e37), torch.zeros(4))],
+    ],
 )
 def test_constants_that_are_not_finite(constants):
     x, weight = integers((3, 8), 8), integers((4, 8), 8, seed=1)
@@ -407,6 +420,28 @@ def test_quantization_at_the_ends_of_float32():
         assert same_bits(result, to_integers(x, 8, position))
 
 
+@pytest.mark.parametrize("channels", [5, 48])
+def test_multiply_add_is_exact_before_it_rounds(channels):
+    x, factors, terms = nearly_cancelling(40, channels)
+    made = Plan()
+    source, target = made.input(x.shape, torch.float32), made.output(x.shape, torch.float32)
+    made.elements(source, [MultiplyAdd(factors, terms), Store(target)])
+    (result,) = run(made, [x], [target])
+    assert same_bits(result, rounded_once(x, factors, terms))
+    assert not same_bits(result, x * factors + terms)
+
+
+def test_multiply_add_of_values_that_are_not_finite():
+    x = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.0, 0.0, -0.0, 3e38, torch.inf]])
+    factors, terms = torch.tensor([2.0, 2, 2, 0, 1, 1, 2, 0]), torch.tensor([1.0, 1, 1, -0.0, -0.0, -0.0, -3e38, 1])
+    made = Plan()
+    source, target = made.input(x.shape, torch.float32), made.output(x.shape, torch.float32)
+    made.elements(source, [MultiplyAdd(factors, terms), Store(target)])
+    (result,) = run(made, [x], [target])
+    expected = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0, 0.0, -0.0, 3e38, torch.nan]])
+    assert same_bits(result.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
 def test_longest_sum():
     rows = integers((1, 131071), 8, "low")
     made = Plan()
@@ -447,6 +482,8 @@ def test_mistakes_are_named():
         made.product(image, weight, [Store(made.output((1, 6, 5, 5), torch.float32))])
     with pytest.raises(ValueError, match="constants of 8 channels"):
         made.elements(rows, [Add(torch.zeros(7))])
+    with pytest.raises(ValueError, match="constants of 8 channels"):
+        made.elements(rows, [MultiplyAdd(torch.zeros(8), torch.zeros(7))])
     with pytest.raises(ValueError, match="no step before"):
         made.elements(made.value((2, 8), torch.float32), [])
     with pytest.raises(ValueError, match="at most 32 stages"):

@@ -1,6 +1,8 @@
+import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,16 +38,31 @@ def imagenet() -> ModuleType:
     return load_recipe("imagenet")
 
 
-@pytest.fixture(scope="session")
-def yolov3() -> SimpleNamespace:
-    """The files of the folder, which import each other as scripts do, by plain names that others may have too."""
-    names = ("compare", "data", "detection", "loss", "model", "pictures", "train", "weights")
-    sys.path.insert(0, str(RECIPES / "yolov3"))
+@contextlib.contextmanager
+def importing(folder: Path) -> Iterator[None]:
+    """Lets scripts import the files beside them by their plain names, which others may have too."""
+    before = set(sys.modules)
+    paths = list(sys.path)
+    sys.path.insert(0, str(folder))
     try:
+        yield
+    finally:
+        sys.path[:] = paths
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(RECIPES):
+                del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def imagenet_test() -> Iterator[ModuleType]:
+    with importing(RECIPES):
+        yield load_recipe("imagenet_test")
+
+
+@pytest.fixture(scope="module")
+def yolov3() -> Iterator[SimpleNamespace]:
+    names = ("compare", "data", "detection", "loss", "model", "pictures", "settings", "train", "weights")
+    with importing(RECIPES / "yolov3"):
         files = {name: importlib.import_module(name) for name in names}
         files["test"] = load_recipe("yolov3/test")  # `test` is Python's own tests
-    finally:
-        sys.path.remove(str(RECIPES / "yolov3"))
-        for name in names:
-            sys.modules.pop(name, None)
-    return SimpleNamespace(**files)
+        yield SimpleNamespace(**files)

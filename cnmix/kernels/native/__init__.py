@@ -28,7 +28,7 @@ _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 11
+_ABI = 12
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 

@@ -136,6 +136,12 @@ CNMIX_AVX512 __attribute__((always_inline)) inline void apply_chain(const Chain&
         for (int i = 0; i < 16; ++i) v[i] = _mm512_add_ps(v[i], term);
         break;
       }
+      case MULTIPLY_ADD: {
+        const __m512 by = _mm512_loadu_ps(s.values + channel), term = _mm512_loadu_ps(s.terms + channel);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_fmadd_ps(v[i], by, term);
+        break;
+      }
       case ADD_VALUE: {
         const float* from = reinterpret_cast<const float*>(s.memory) + first;
 #pragma GCC unroll 16

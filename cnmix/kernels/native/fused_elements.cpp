@@ -35,7 +35,7 @@ CNMIX_AVX512 void finish_floats(const Chain& chain, const float* x, int64_t stri
 bool is_flat(const Chain& chain, int64_t channels) {
   for (int64_t i = 0; i < chain.count; ++i) {
     const Stage& s = chain.stages[i];
-    if (s.kind == MULTIPLY || s.kind == ADD || (s.memory && s.stride != channels)) return false;
+    if (s.kind == MULTIPLY || s.kind == ADD || s.kind == MULTIPLY_ADD || (s.memory && s.stride != channels)) return false;
   }
   return true;
 }

@@ -109,7 +109,7 @@ void place_job(const CnmixStep& step, const CnmixRun& run, int64_t turn, Job& jo
   job.chain.count = step.stage_count;
   for (int64_t i = 0; i < step.stage_count; ++i) {
     const CnmixStage& s = step.stages[i];
-    job.chain.stages[i] = {s.kind, s.values, s.number, s.other, at(s.place), s.stride};
+    job.chain.stages[i] = {s.kind, s.values, s.terms, s.number, s.other, at(s.place), s.stride};
   }
 }
 

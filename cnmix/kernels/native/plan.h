@@ -14,6 +14,7 @@ struct CnmixPlace {
 struct CnmixStage {
   int64_t kind;
   const float* values;    // of each channel, sixteen more than there are
+  const float* terms;     // likewise, of a MULTIPLY_ADD
   float number, other;
   CnmixPlace place;
   int64_t stride;         // elements from one row of the value to the next
@@ -83,12 +84,13 @@ enum StageKind {
   QUANTIZE_BYTES = 8,
   QUANTIZE_WORDS = 9,
   QUANTIZE_BOUNDED = 10,  // to bytes, of elements that are finite and fit int32 when scaled; `other` 1: no negative ones
+  MULTIPLY_ADD = 11,      // rounded once
 };
 
 // A stage with its address in this run.
 struct Stage {
   int64_t kind;
-  const float* values;
+  const float *values, *terms;
   float number, other;
   uint8_t* memory;
   int64_t stride;

@@ -112,6 +112,7 @@ class Stage(ctypes.Structure):
     _fields_ = [
         ("kind", ctypes.c_int64),
         ("values", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
         ("number", ctypes.c_float),
         ("other", ctypes.c_float),
         ("place", Place),
