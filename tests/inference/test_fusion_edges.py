@@ -138,6 +138,27 @@ class RowsAsImage(Net):
         self.a = nn.Linear(8, 8)
 
 
+class SingleChannel(nn.Module):
+    """GELU, whose last bits depend on how its tensor lies, which the strides of single channels decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 1, 3, padding=(3, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        y = self.one(x)
+        return (F.gelu(torch.cat([y, y + 0.5], 1)),)
+
+
+def test_a_single_channel():
+    x = X[:1]
+    model = trained_as(SingleChannel, x)
+    found = inference.fuse(model, x)(x)
+    with torch.no_grad():
+        assert_same(found, model(x))
+        assert found[0].stride() == model(x)[0].stride()
+
+
 def test_rows_that_a_convolution_takes_for_an_image():
     model = trained_as(RowsAsImage, X)
     with torch.no_grad():
