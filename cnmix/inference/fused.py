@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..kernels import native, plan
+from ..kernels import plan
 from ..nn import module_name, quantizer_sets
-from .fusion import folded, fuse_steps
+from .agreement import copied, is_close, is_same
+from .fusion import fuse_steps
+from .groups import Group, name_of
 from .integers import IntegerModule
 from .lowering import export
-from .nodes import Call, Floats, Fused, Integers, Key, Layout, images_of, parted
+from .nodes import Call, Floats, Fused, parted
 from .program import Program, Spec, run_step
 from .weights import Weights
 
@@ -38,7 +39,7 @@ class FusedProgram:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.parts: list[_Group | Call] = []
+        self.parts: list[Group | Call] = []
         if not plan.serves():
             return
         arranged: list[list[Fused] | Call] = []
@@ -48,8 +49,9 @@ class FusedProgram:
             if isinstance(part, Call):
                 self.parts.append(part)
                 continue
-            later = {key for each in arranged[index + 1 :] for node in _nodes(each) for key in node.inputs()}
-            self.parts.append(_Group(part, later | {Floats(name) for name in program.outputs}, program))
+            behind = [node for each in arranged[index + 1 :] for node in ([each] if isinstance(each, Call) else each)]
+            later = {key for node in behind for key in node.inputs()}
+            self.parts.append(Group(part, later | {Floats(name) for name in program.outputs}, program))
         self._last = self._last_uses()
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -64,13 +66,13 @@ class FusedProgram:
                 return self.program.run(*inputs)
             for name in self._last.get(index, ()):
                 values.pop(name, None)
-        return tuple(values[name] for name in self.program.outputs)
+        return self.program.returned(values)
 
     def _last_uses(self) -> dict[int, list[Any]]:
         last: dict[Any, int] = {}
         for index, part in enumerate(self.parts):
-            for key in part.keys() if isinstance(part, _Group) else (*part.inputs(), *part.results()):
-                last[_name(key)] = index
+            for key in part.keys() if isinstance(part, Group) else (*part.inputs(), *part.results()):
+                last[name_of(key)] = index
         found: dict[int, list[Any]] = {}
         for name, index in last.items():
             if name not in self.program.outputs:
@@ -78,8 +80,16 @@ class FusedProgram:
         return found
 
 
+_exporting = threading.Lock()  # torch.export changes how any module is called, and takes no second one beside it
+_MOST_SHAPES = 32  # that a model keeps fused: each has its weights once more, packed
+_Made = tuple[FusedProgram, Any]  # with the structure of the outputs
+
+
 class FusedModel(nn.Module):
     """A model, fused for inputs of given shapes; other shapes are fused when they first come.
+
+    The shapes that came last stay fused, 32 of them. What is fused stays as it is when the model changes. It cannot be
+    pickled or copied; its model can. Any thread may call it, but while one fuses, no other may call plain modules.
 
     Args:
         model: the integer model.
@@ -93,16 +103,22 @@ class FusedModel(nn.Module):
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model = model
-        self._made: dict[Any, tuple[FusedProgram, Any]] = {}
+        self._made: dict[Any, _Made] = {}
         self._lock = threading.Lock()
         self.first = self._fused(inputs, keywords or {})[0]
+        self._example = next(iter(self._made.items()))
         self.eval()
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Calls it as a module is called, also while another thread exports, which replaces ``nn.Module.__call__``."""
+        return self._wrapped_call_impl(*inputs, **keywords)
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Computes what the model computes, to the bit."""
         fused, structure = self._fused(inputs, keywords)
-        outputs = fused.run(*_tensors((inputs, keywords)))
+        with torch.autocast("cpu", enabled=False):  # its casts are steps of the program
+            outputs = fused.run(*_tensors((inputs, keywords)))
         return pytree.tree_unflatten(list(outputs), structure)
 
     def save(
@@ -149,7 +165,7 @@ class FusedModel(nn.Module):
         Raises:
             ValueError: if one tensor was several of its inputs: a file is called with any.
         """
-        (_, same, *_), (_, structure) = next(iter(self._made.items()))
+        (_, same, *_), (_, structure) = self._example
         if len(set(same)) < len(same):
             raise ValueError(
                 "the example that this was fused with has one tensor as several inputs, and its program is for that "
@@ -157,33 +173,62 @@ class FusedModel(nn.Module):
             )
         return self.first.program, structure
 
-    def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+    def train(self, mode: bool = True) -> FusedModel:
+        """Raises ValueError in training mode."""
+        if mode:
+            raise ValueError("a fused model is in evaluation mode for good: train the model that it was made of")
+        return super().train(mode)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: what is fused would keep the weights that it was made with."""
+        raise ValueError("a fused model keeps its weights: load others into the model, then fuse it again")
+
+    def __reduce__(self) -> Any:
+        """Raises TypeError, for copies and pickles."""
+        raise TypeError("a fused model cannot be copied or pickled: copy its model and fuse that, or use save()")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
+        for each in (*self.parameters(), *self.buffers()):
+            one = torch.empty(0, dtype=each.dtype, device=each.device)
+            if (fn(one).dtype, fn(one).device) != (each.dtype, each.device):
+                raise ValueError("a fused model keeps its dtype and device: convert the model, then fuse it again")
+        return super()._apply(fn, recurse)
+
+    def _fused(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> _Made:
         leaves, structure = pytree.tree_flatten((inputs, dict(keywords)))
         # Code may ask whether two of its inputs are one tensor, as attention does of query, key and value.
         same = tuple(next(i for i, other in enumerate(leaves) if other is x) for x in leaves if isinstance(x, Tensor))
-        shapes = (structure, same, *(Spec.of(x) if isinstance(x, Tensor) else x for x in leaves))
+        casts = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        # 1, 1.0 and True are equal, and other arguments.
+        kinds = (Spec.of(x) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
+        shapes = (structure, same, casts, *kinds)
         with self._lock:
-            if shapes not in self._made:
-                self._made[shapes] = self._make(inputs, keywords)
-            return self._made[shapes]
+            made = self._made.pop(shapes, None)
+            if made is None:
+                with _exporting:
+                    made = self._make(inputs, keywords)
+            self._made[shapes] = made
+            if len(self._made) > _MOST_SHAPES:
+                del self._made[next(iter(self._made))]
+            return made
 
-    def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[FusedProgram, Any]:
+    def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> _Made:
         sets = dict(quantizer_sets(self.model))
         weights = Weights(self.model, sets)
         trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]
         if trains:
             raise ValueError(
-                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of a "
-                "checkpoint"
+                f"{module_name(trains[0])!r} trains in fixed point: fuse what cnmix.inference.load makes of it"
             )
         with torch.no_grad():  # says what is wrong with inputs, and fixes the integers of what functions multiply by
-            expected = self.model(*_copied(inputs), **_copied(dict(keywords)))
+            expected = self.model(*copied(inputs), **copied(dict(keywords)))
         program, structure = export(self.model, inputs, keywords)
         fused = FusedProgram(program)
-        found = fused.run(*_tensors((inputs, keywords)))
+        with torch.autocast("cpu", enabled=False):
+            found = fused.run(*_tensors((inputs, keywords)))
         # Torch computes some modules in a fused kernel of its own, which rounds otherwise than the graph's operators.
         integers = bool(sets) or any(isinstance(module, IntegerModule) for module in self.model.modules())
-        is_right = _is_same if integers else _is_close
+        is_right = is_same if integers else is_close
         if not all(map(is_right, pytree.tree_leaves(expected), found)):
             raise ValueError(
                 f"the graph that torch.export makes of {type(self.model).__name__} computes other numbers than the "
@@ -196,28 +241,6 @@ class FusedModel(nn.Module):
 def _tensors(inputs: Any) -> list[Tensor]:
     """Returns what a program takes of inputs: numbers and the like are a part of it."""
     return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-
-
-def _copied(inputs: Any) -> Any:
-    """Returns inputs that a model may write to; what is one tensor stays one."""
-    copies = {id(x): x.clone() for x in _tensors(inputs)}
-    return pytree.tree_map(lambda x: copies.get(id(x), x), inputs)
-
-
-def _is_same(expected: Any, found: Tensor) -> bool:
-    """Whether two results are the same to the bit; any NaN is as good as another."""
-    alike = isinstance(expected, Tensor) and expected.shape == found.shape and expected.dtype == found.dtype
-    return alike and bool(((expected == found) | (expected != expected) & (found != found)).all())
-
-
-def _is_close(expected: Any, found: Tensor) -> bool:
-    """Whether two results in float are the same but for rounding."""
-    if _is_same(expected, found):
-        return True
-    if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
-        return False
-    largest = expected.nan_to_num().abs().max().item()
-    return torch.allclose(expected, found, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
 
 
 def fuse(model: nn.Module, *inputs: Any, **keywords: Any) -> FusedModel:
@@ -236,162 +259,3 @@ def fuse(model: nn.Module, *inputs: Any, **keywords: Any) -> FusedModel:
         ValueError: if the model is in training, or ``torch.export`` cannot follow it, or makes something else of it.
     """
     return FusedModel(model, inputs, keywords)
-
-
-class _Source(NamedTuple):
-    key: Key
-    layout: Layout
-    as_it_lies: bool
-
-
-class _Group:
-    """One plan, and how its tensors lie outside of it."""
-
-    def __init__(self, nodes: list[Fused], later: set[Key], program: Program) -> None:
-        self.nodes = nodes
-        self._program = program
-        self._plan = plan.Plan()
-        self._turns = images_of(nodes, program)
-        self._made = {key for node in nodes for key in node.results()}
-        self._values: dict[tuple[Key, Layout], plan.Value] = {}
-        self._sources: list[_Source] = []
-        self._results: list[tuple[Key, Layout]] = []
-        for node in nodes:
-            for key in node.inputs():
-                self._add_source(key, node)
-            for key in node.results():
-                shape, dtype = self._shape(key, node.layout)
-                if key in later:
-                    self._results.append((key, node.layout))
-                    self._values[key, node.layout] = self._plan.output(shape, dtype)
-                else:
-                    self._values[key, node.layout] = self._plan.value(shape, dtype)
-            self._add_step(node)
-        self._plan.finish()
-
-    def keys(self) -> list[Key]:
-        """Returns what it takes from outside, and makes for outside."""
-        return [each.key for each in self._sources] + [key for key, _ in self._results]
-
-    def run(self, values: dict[Any, Tensor]) -> bool:
-        """Computes its results from values; returns False, and nothing of use, where one was not finite."""
-        inputs = [_laid_out(values[_name(key)], layout, as_it_lies) for key, layout, as_it_lies in self._sources]
-        outputs = [self._empty(key, layout) for key, layout in self._results]
-        as_rows = [
-            out.view(-1, out.shape[-1]) if layout == "rows" else out
-            for out, (_, layout) in zip(outputs, self._results, strict=True)
-        ]
-        if not self._plan.run(inputs, as_rows):
-            return False
-        for (key, _), out in zip(self._results, outputs, strict=True):
-            values[_name(key)] = self._as_called(key, out)
-        return True
-
-    def _shape(self, key: Key, layout: Layout) -> tuple[tuple[int, ...], torch.dtype]:
-        shape = self._program.specs[key.value].shape
-        dtype = torch.float32 if isinstance(key, Floats) else torch.int8
-        shape = (shape[0] // self._turns, *shape[1:])
-        return (shape if layout == "image" else (math.prod(shape[:-1]), shape[-1])), dtype
-
-    def _empty(self, key: Key, layout: Layout) -> Tensor:
-        shape = self._program.specs[key.value].shape
-        dtype = torch.float32 if isinstance(key, Floats) else torch.int8
-        if layout == "rows":
-            return native.empty(shape, dtype)
-        return native.empty((shape[0], *shape[2:], shape[1]), dtype).movedim(-1, 1)
-
-    def _as_called(self, key: Key, made: Tensor) -> Tensor:
-        """Returns a result as it lies where the model is called operator by operator."""
-        spec = self._program.specs[key.value]
-        if isinstance(key, Integers) or all(
-            n == 1 or a == b for n, a, b in zip(spec.shape, spec.strides, made.stride(), strict=True)
-        ):
-            return made
-        return torch.empty_strided(spec.shape, spec.strides).copy_(made)
-
-    def _add_source(self, key: Key, node: Fused) -> None:
-        layout = key.layout if isinstance(key, Integers) else node.layout
-        if key in self._made or (key, layout) in self._values:
-            return
-        shape, dtype = self._shape(key, layout)
-        self._values[key, layout] = self._plan.input(shape, dtype)
-        users = [each for each in self.nodes if key in each.inputs()]
-        as_it_lies = all(each.kind == "elements" and key in each.sources for each in users)
-        self._sources.append(_Source(key, layout, as_it_lies and layout == "image"))
-
-    def _find(self, key: Key, layout: Layout) -> plan.Value:
-        return self._values[key, key.layout if isinstance(key, Integers) else layout]
-
-    def _add_step(self, node: Fused) -> None:
-        sources = [self._find(key, node.layout) for key in node.sources]
-        target = self._find(next(node.results()), node.layout)
-        if node.kind == "max_pool":
-            self._plan.max_pool(sources[0], target, *node.geometry)
-        elif node.kind == "concatenate":
-            self._plan.concatenate(sources, target)
-        elif node.kind == "upsample":
-            self._plan.upsample_nearest(sources[0], target)
-        elif node.kind == "elements":
-            self._plan.elements(sources[0], self._chain(node))
-        else:
-            stride, padding, dilation, groups = node.geometry or ((), (), (), 1)
-            self._plan.product(
-                sources[0],
-                cast(Tensor, node.weight),
-                self._chain(node),
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-            )
-
-    def _chain(self, node: Fused) -> list[Any]:
-        """Returns the stages as the plan takes them, each tensor stored where it is complete."""
-        wanted: dict[int, list[Key]] = {}
-        for key in node.results():
-            wanted.setdefault(node.points[key.value], []).append(key)
-        cuts = sorted({0, len(node.stages), *wanted})
-        chain: list[Any] = []
-        shape = self._program.specs[next(iter(node.points))].shape
-        channels = shape[1 if node.layout == "image" else -1]
-        for start, end in zip([0, *cuts], cuts, strict=False):
-            part = node.stages[start:end]
-            chain += [self._stage(each, node.layout, channels) for each in (folded(part) if start == 0 else part)]
-            for key in wanted.get(end, ()):
-                value = self._find(key, node.layout)
-                if isinstance(key, Floats):
-                    chain.append(plan.Store(value))
-                else:
-                    chain.append(plan.Quantize(value, key.bits, key.position))
-        return chain
-
-    def _stage(self, stage: Any, layout: Layout, channels: int) -> Any:
-        kind, operand = stage
-        if kind == "multiply":
-            return plan.Multiply(operand.item() if operand.numel() == 1 else operand)
-        if kind == "add":
-            return plan.Add(operand.expand(channels) if operand.numel() == 1 else operand)
-        if kind == "multiply_add":
-            return plan.MultiplyAdd(*operand)
-        if kind == "add_value":
-            return plan.AddValue(self._find(Floats(operand), layout))
-        if kind == "relu":
-            return plan.Relu()
-        return plan.LeakyRelu(operand) if kind == "leaky_relu" else plan.Clamp(*operand)
-
-
-def _nodes(part: list[Fused] | Call) -> Sequence[Fused | Call]:
-    return [part] if isinstance(part, Call) else part
-
-
-def _name(key: Key) -> Any:
-    """Returns under what a tensor is kept between parts."""
-    return key.value if isinstance(key, Floats) else key
-
-
-def _laid_out(x: Tensor, layout: Layout, as_it_lies: bool) -> Tensor:
-    if layout == "rows":
-        return x.reshape(-1, x.shape[-1]).contiguous()
-    if as_it_lies and x.is_contiguous():
-        return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -19,10 +19,14 @@ from ..fixed_point import is_float32_exponent
 from .names import CONVOLUTION, LINEAR
 from .nodes import Call, Floats, Fused, Integers, Key, Layout, Node, Stage, grouped
 from .norms import norm_stages
-from .program import Program, Ref, Step
+from .program import Program, Ref, Step, find_operator
 
 # Sums of more products than this could leave int32.
 LONGEST_SUM = (1 << 31) // (1 << 14) - 1
+# A plan's chain has 32 places, for operations and for where their results go: a float for each operation, if need be;
+# one step may be several.
+_MOST_OPERATIONS = 11
+_MOST_FORMATS = 7
 
 
 def fuse_steps(program: Program) -> list[list[Fused] | Call]:
@@ -95,7 +99,8 @@ class _Joining:
         """Returns what makes this tensor, and lets it; None for inputs and constants."""
         chain = self.chain_of.get(key.value)
         if isinstance(key, Integers):
-            if chain is not None and key.layout in (chain.layout, self._flat(key.value)):
+            fits = chain is not None and key.layout in (chain.layout, self._flat(key.value))
+            if chain is not None and fits and len(chain.quantized) < _MOST_FORMATS:
                 chain.quantized.append(key._replace(layout=key.layout))
                 return self.made.setdefault(id(chain), chain)
             moved = self._moved(key)
@@ -145,7 +150,7 @@ class _Joining:
         self.chain_of[value] = made
         while True:
             found = next(self._continuations(value, index, made.layout), None)
-            if found is None:
+            if found is None or len(made.stages) >= _MOST_OPERATIONS:
                 return
             user, stages = found
             self.taken.add(user)
@@ -179,7 +184,7 @@ class _Joining:
         if operator in ("aten.hardtanh.default", "aten.clamp.default"):
             limits = [*arguments[1:], *step.keywords.values()]
             low, high = limits if len(limits) == 2 else (-1.0, 1.0)
-            if len(limits) == 1 or low is None or high is None:
+            if len(limits) == 1 or low is None or high is None or low != low or high != high:
                 return None
             return Stage("clamp", (float(low), float(high)))
         if operator not in ("aten.mul.Tensor", "aten.add.Tensor") or step.keywords:
@@ -227,7 +232,7 @@ class _Joining:
             return None
         if math.prod(weight.shape[1:]) > LONGEST_SUM or not is_float32_exponent(scale):
             return None
-        if 0 in spec.shape or 0 in self._shape(step.output):
+        if len(spec.shape) < 2 or 0 in spec.shape or 0 in self._shape(step.output):
             return None
         layout: Layout = "rows" if linear else "image"
         geometry: tuple[Any, ...] = ()
@@ -280,48 +285,66 @@ class _Joining:
         step = self.program.steps[index]
         arguments, shape = step.arguments, self._shape(key.value)
         geometry: tuple[Any, ...] = ()
-        if step.operator == "aten.max_pool2d.default":
+        names: list[str]
+        if step.operator == "aten.max_pool2d.default" and len(shape) == 4:
             numbers = [*arguments[1:], *[None] * 4][:4]
             kernel = _pair(numbers[0], 1)
             stride = _pair(numbers[1], kernel)
             geometry = (kernel, stride, _pair(numbers[2], 0), _pair(numbers[3], 1))
+            if not _meet_pixels(shape[2:], self._shape(arguments[0].name)[2:], geometry):
+                return None
             names, kind = [arguments[0].name], "max_pool"
         elif step.operator == "aten.cat.default" and (len(arguments) > 1 and arguments[1] in (1, 1 - len(shape))):
             names, kind = [each.name for each in arguments[0]], "concatenate"
         elif step.operator.startswith("aten.upsample_nearest2d."):
-            source = self._shape(arguments[0].name)
-            if any(after % before for after, before in zip(shape[2:], source[2:], strict=True)):
+            if not _repeats_pixels(step, shape[2:], self._shape(arguments[0].name)[2:]):
                 return None
             names, kind = [arguments[0].name], "upsample"
         else:
             return None
         sources: list[Key] = [key._replace(value=name) for name in names]
-        if any(each.value in self.program.constants for each in sources):
+        if any(each.value in self.program.constants or not self._is_like(each.value, shape) for each in sources):
             return None
         chains = [self.chain_of.get(each.value) for each in sources]
-        if isinstance(key, Floats) and not all(each is not None and each.layout == "image" for each in chains):
+        if any(each is not None and each.layout != "image" for each in chains):
+            return None
+        if isinstance(key, Floats) and None in chains:
             return None
         return Fused(kind, index, "image", sources, step, geometry=geometry)  # type: ignore[arg-type]
+
+    def _is_like(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is float32, with elements, of as many dimensions: concatenations take others too."""
+        spec = self.program.specs[name]
+        return spec.dtype == torch.float32 and len(spec.shape) == len(shape) and 0 not in spec.shape
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.program.specs[name].shape
 
 
+def _meet_pixels(output: tuple[int, ...], size: tuple[int, ...], geometry: tuple[Any, ...]) -> bool:
+    """Whether every window of a pool meets the image: the largest of no element is minus infinity, which no int8 is."""
+    return all(
+        any(0 <= position * stride - padding + tap * dilation < pixels for tap in range(kernel))
+        for positions, pixels, kernel, stride, padding, dilation in zip(output, size, *geometry, strict=True)
+        for position in range(positions)
+    )
+
+
+def _repeats_pixels(step: Step, output: tuple[int, ...], size: tuple[int, ...]) -> bool:
+    """Whether an enlargement takes each pixel a whole number of times, as its rounding of a factor may not do."""
+    if 0 in size or any(after % before for after, before in zip(output, size, strict=True)):
+        return False
+    enlarge = find_operator(step.operator)
+    pixels = torch.arange(math.prod(size), dtype=torch.float32).view(1, 1, *size)
+    found = enlarge(pixels, *step.arguments[1:], **step.keywords)
+    for dim, (after, before) in enumerate(zip(output, size, strict=True), 2):
+        pixels = pixels.repeat_interleave(after // before, dim)
+    return torch.equal(found, pixels)
+
+
 def _result(step: Step) -> str:
     """Returns the one tensor of a chain's step: batch norms return others besides, which nothing takes."""
     return next(name for name in step.outputs if name is not None)
-
-
-def folded(stages: list[Stage]) -> list[Stage]:
-    """Joins a power of two with the factors behind it: exact, where no factor leaves float32's normal range."""
-    if len(stages) < 2 or stages[0].kind != "multiply" or stages[1].kind != "multiply":
-        return stages
-    scale, factors = stages[0].operand, stages[1].operand
-    joined = scale * factors
-    normal = (joined.abs() >= torch.finfo(torch.float32).tiny) & joined.isfinite() | (factors == 0)
-    if scale.numel() != 1 or math.frexp(scale.item())[0] != 0.5 or not bool(normal.all()):
-        return stages
-    return [Stage("multiply", joined), *stages[2:]]
 
 
 def _pair(given: Any, otherwise: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn.function_mode import exported_functions
 from ..nn.function_places import called_module
-from .program import Program, Ref, Spec, Step, run_step
+from .program import Program, Ref, Spec, Step, find_operator, run_step
 
 # Make the same tensor each time.
 _FACTORIES = {
@@ -98,7 +98,11 @@ class _Answers(TorchFunctionMode):
 
 
 def simplified(program: Program) -> Program:
-    """Computes what depends on constants alone, and drops the steps that return a tensor as it is."""
+    """Computes what depends on constants alone, and drops the steps that return a tensor as it is.
+
+    A copy stays where an output lies in it: callers may write to what they get.
+    """
+    returned = _memory_of_outputs(program)
     made = Program(list(program.inputs), list(program.outputs), [], dict(program.constants), program.specs)
     same: dict[str, str] = {}
     for step in program.steps:
@@ -107,13 +111,24 @@ def simplified(program: Program) -> Program:
         if (names or step.operator in _FACTORIES) and all(name in made.constants for name in names):
             with torch.no_grad():
                 run_step(step, made.constants)
-        elif _is_identity(step, program) and step.output not in program.outputs:
+        elif _is_identity(step, program) and step.output not in returned:
             same[step.output] = names[0]
         else:
             made.steps.append(step)
     used = {name for step in made.steps for name in step.inputs()}
     made.constants = {name: made.constants[name] for name in made.constants if name in used or name in made.outputs}
     return made
+
+
+def _memory_of_outputs(program: Program) -> set[str]:
+    """Returns the values whose memory an output may lie in: the outputs, and what they are views of."""
+    found = set(program.outputs)
+    for step in reversed(program.steps):
+        operator: Any = find_operator(step.operator)
+        views = any(each.alias_info is not None for each in operator._schema.returns)
+        if views and not found.isdisjoint(step.outputs):
+            found.update(step.inputs())
+    return found
 
 
 def _is_identity(step: Step, program: Program) -> bool:

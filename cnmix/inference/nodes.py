@@ -188,11 +188,16 @@ def parted(group: list[Fused], program: Program) -> list[list[Fused]]:
 def images_of(group: list[Fused], program: Program) -> int:
     """Returns in how many turns a plan is to compute a group: one for each image, or 1 where that cannot be or pay."""
     first = {program.specs[key.value].shape[0] for node in group for key in (*node.inputs(), *node.results())}
-    single = any(_has_single_rows(key, program) for node in group for key in node.results())
-    return 1 if len(first) > 1 or single else first.pop()
+    few = any(_rows_of_image(key, node, program) < _FEW_ROWS[node.layout] for node in group for key in node.results())
+    return 1 if len(first) > 1 or few else first.pop()
 
 
-def _has_single_rows(key: Key, program: Program) -> bool:
-    """Whether a tensor is one row of channels for each image."""
+# Rows of channels below which an image does not pay a turn. Where positions come before the batch, an "image" has as
+# few rows as the batch has, and each turn would read whole weights for them.
+_FEW_ROWS: dict[Layout, int] = {"image": 2, "rows": 16}
+
+
+def _rows_of_image(key: Key, node: Fused, program: Program) -> int:
+    """Returns how many rows of channels a result has for each image."""
     shape = program.specs[key.value].shape
-    return math.prod(shape) == shape[0] * shape[1]
+    return math.prod(shape[2:]) if node.layout == "image" else math.prod(shape[1:-1])

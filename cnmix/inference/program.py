@@ -105,7 +105,11 @@ class Program:
             run_step(step, values)
             for name in last.get(index, ()):
                 values.pop(name, None)
-        return tuple(values[name] for name in self.outputs)
+        return self.returned(values)
+
+    def returned(self, values: Mapping[Any, Tensor]) -> tuple[Tensor, ...]:
+        """Returns the outputs among values: copies of constants, since callers may write to what they get."""
+        return tuple(values[name].clone() if name in self.constants else values[name] for name in self.outputs)
 
     def last_uses(self) -> dict[int, list[str]]:
         """Returns the values that no step needs after each step, and that are no outputs."""

@@ -353,7 +353,7 @@ class Plan:
             elif isinstance(stage, (Store, Quantize)):
                 self._write(stage.value, index)
         note_replaced(source, chain)
-        simple = simplify(chain, bound)
+        simple = simplify(chain, bound, of_sums=step.kind != _STEP["elements"])
         stages = (structures.Stage * len(simple))(*(encode(stage, self._kept) for stage in simple))
         for operation, made in zip(simple, stages, strict=True):
             if isinstance(operation, (AddValue, Store, Quantize, Bounded)):

@@ -134,14 +134,15 @@ _ROUNDING = 1 + 2.0**-20  # what a float32 operation may add to a bound, generou
 _EXACT = 2.0**-60, 2.0**60  # constants that powers of two may move without leaving the normal numbers
 
 
-def simplify(chain: Sequence[Stage], bound: float) -> list[Stage | Bounded]:
+def simplify(chain: Sequence[Stage], bound: float, of_sums: bool) -> list[Stage | Bounded]:
     """Returns stages of the same results that take fewer instructions, and notes the bounds of stored values.
 
     Args:
         chain: stages.
         bound: of the magnitudes of the elements that it begins with.
+        of_sums: whether these are integers.
     """
-    stages = _join_factors(chain)
+    stages = _join_factors(chain) if of_sums else list(chain)
     made: list[Stage | Bounded] = []
     for stage in stages:
         if isinstance(stage, Multiply):
@@ -231,17 +232,23 @@ def _scale(exponent: int) -> tuple[float, float]:
 
 
 def _join_factors(chain: Sequence[Stage]) -> list[Stage]:
-    """Puts a power of two and the factors that follow it together."""
+    """Puts a power of two at the beginning and the factors that follow it together.
+
+    Of integers, a power of two that overflows nothing is exact. Other elements, scaled, may come near the ends of
+    float32's range, where it is not.
+    """
     joined: list[Stage] = []
     for stage in chain:
         before = joined[-1] if joined else None
         if (
-            isinstance(stage, (Multiply, MultiplyAdd))
+            len(joined) == 1
+            and isinstance(stage, (Multiply, MultiplyAdd))
             and isinstance(before, Multiply)
             and isinstance(before.factors, float)
         ):
             product = stage.factors * before.factors
-            if math.frexp(before.factors)[0] == 0.5 and _movable(stage.factors) and _movable(product):
+            power = math.frexp(before.factors)[0] == 0.5 and before.factors <= _EXACT[1]
+            if power and _movable(stage.factors) and _movable(product):
                 joined[-1] = stage._replace(factors=product)  # type: ignore[arg-type]
                 continue
         joined.append(stage)
