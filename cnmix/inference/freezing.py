@@ -52,6 +52,8 @@ def prepare(model: Model, checkpoint: Mapping[str, Any] | str | os.PathLike[str]
     if not isinstance(checkpoint, Mapping):
         checkpoint = load(checkpoint)
     state = check(checkpoint)
+    if not state["models"]:  # nothing was in fixed point, as at O0
+        state = {**state, "models": [{"modules": {}}]}
     if len(state["models"]) != 1:
         raise ValueError(f"the checkpoint holds the state of {len(state['models'])} models, not of one")
     saved = state["models"][0]["modules"]

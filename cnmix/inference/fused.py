@@ -213,6 +213,12 @@ class FusedModel(nn.Module):
             return made
 
     def _make(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> _Made:
+        for fqn, module in self.model.named_modules():
+            if hasattr(type(module), "quantized_mode"):  # of the vendor's package, which this does not load
+                raise ValueError(
+                    f"{fqn!r} is a {type(module).__name__} of quantize_dynamic_mlu, which computes in float on the "
+                    "host: bring the model to the card, and fuse it there with torch.jit.trace"
+                )
         sets = dict(quantizer_sets(self.model))
         weights = Weights(self.model, sets)
         trains = [name for name, each in sets.items() if not each.frozen and not weights.serve_functions(name)]

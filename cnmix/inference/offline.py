@@ -131,6 +131,8 @@ class OfflineModel(nn.Module):
             if described.batch_size != _batch_size(self.program):
                 raise ValueError(f"its batch size {described.batch_size} is not that of its inputs")
             self._fused = FusedProgram(self.program)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no offline model {os.fspath(path)}") from error
         except (OSError, ModuleNotFoundError):
             raise
         except Exception as error:  # a file of a stranger's may be anything

@@ -306,3 +306,10 @@ def test_a_float_model_is_fused_too():
     x = draw(3, 5, 8)
     with torch.no_grad():
         assert torch.allclose(fuse(model, x)(x), model(x), atol=1e-5)
+
+
+def test_a_state_without_models_is_of_a_float_model():
+    saved = nn.Linear(3, 2)
+    state = {"version": 2, "models": [], "loss_scalers": []}
+    loaded = load(nn.Linear(3, 2), {"state_dict": saved.state_dict(), "cnmix": state})
+    assert torch.equal(loaded(torch.ones(1, 3)), saved(torch.ones(1, 3)))

@@ -291,3 +291,13 @@ def test_json_is_canonical(saved):
     header, _ = parts(saved[2].read_bytes())
     text = header["__metadata__"]["program"]
     assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
+
+
+def test_a_file_has_the_mode_of_others(saved, tmp_path):
+    (tmp_path / "other").touch()
+    assert saved[2].stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no offline model .*none"):
+        OfflineModel(tmp_path / "none.cambricon")

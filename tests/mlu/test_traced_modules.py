@@ -285,3 +285,11 @@ def test_inference_mode_and_a_default_device():
     finally:
         torch.set_default_device(None)
     assert len(groups(traced)) == 2
+
+
+def test_the_host_does_not_fuse_what_computes_in_float_there() -> None:
+    from cnmix.torch_mlu.core import mlu_quantize
+
+    quantized = mlu_quantize.quantize_dynamic_mlu(torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"'0' is a MLULinear of quantize_dynamic_mlu, .* torch\.jit\.trace"):
+        cnmix.inference.fuse(quantized, torch.ones(1, 3))
