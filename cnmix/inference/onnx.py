@@ -109,6 +109,10 @@ class _Dequantized(nn.Module):
             if step.operator == LINEAR:  # MatMul takes it the other way around
                 weight = step.arguments[1].name
                 self.register_buffer(f"{weight}_transposed", program.constants[weight].t().contiguous())
+            elif step.operator == CONVOLUTION and step.arguments[2] is not None:
+                bias = step.arguments[2].name
+                channels = (-1, *[1] * (len(program.specs[step.output].shape) - 2))
+                self.register_buffer(f"{bias}_of_channels", program.constants[bias].view(channels).contiguous())
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """Computes the outputs."""
@@ -138,11 +142,14 @@ class _Dequantized(nn.Module):
         position = _formats(step)[3]
         weight = values[step.arguments[1].name]
         bias = None if step.arguments[2] is None else values[step.arguments[2].name]
+        # The bias is added by itself: onnxruntime would quantize one that a Conv or Gemm has.
         if step.operator == CONVOLUTION:
-            return _convolved(x, self._dequantized(weight, position), bias, *step.arguments[3:9])
+            y = _convolved(x, self._dequantized(weight, position), None, *step.arguments[3:9])
+            return y if bias is None else y + getattr(self, f"{step.arguments[2].name}_of_channels")
         if x.dim() == 2:
-            return F.linear(x, self._dequantized(weight, position), bias)
-        y = torch.matmul(x, self._dequantized(getattr(self, f"{step.arguments[1].name}_transposed"), position))
+            y = F.linear(x, self._dequantized(weight, position))
+        else:
+            y = torch.matmul(x, self._dequantized(getattr(self, f"{step.arguments[1].name}_transposed"), position))
         return y if bias is None else y + bias
 
     def _rounded(self, x: Tensor, bits: int, position: int) -> Tensor:

@@ -221,7 +221,6 @@ def product_bound(step, values, known, optimized):
     sums = multiplied(q.abs() + flipped, of_bias)
     terms = weight[0].numel() + 2
     rounding = torch.zeros_like(sums) if bias is None and sums.max() < 2**24 else terms * 1.001 * UNIT * sums
-    rounding = rounding + (0.5 if optimized and bias is not None else 0.0)  # of a bias that onnxruntime quantizes
     return (multiplied(flipped, None) + rounding) * scale
 
 
