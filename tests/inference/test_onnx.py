@@ -173,7 +173,7 @@ def run(path, x, optimized):
     return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
 
 
-def bounds(program, x, optimized):
+def bounds(program, x):
     """Returns how far onnxruntime's output may be from the program's, as docs/inference_onnx.md derives it."""
     values = {**program.constants, program.inputs[0]: x}
     bound = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in values.items()}
@@ -182,7 +182,7 @@ def bounds(program, x, optimized):
         result, source = values[step.output], step.arguments[0].name
         magnitude, known = result.abs().double(), bound.get(source)
         if step.operator in (LINEAR, CONVOLUTION):
-            bound[step.output] = product_bound(step, values, known, optimized)
+            bound[step.output] = product_bound(step, values, known)
         elif step.operator == "aten.adaptive_avg_pool2d.default":
             run_step(step, bound)
             elements = values[source][0, 0].numel() // result[0, 0].numel()
@@ -201,7 +201,7 @@ def bounds(program, x, optimized):
     return bound[program.outputs[0]]
 
 
-def product_bound(step, values, known, optimized):
+def product_bound(step, values, known):
     bits, position, _, weight_position = step.arguments[-4]
     x, weight = values[step.arguments[0].name].double(), values[step.arguments[1].name].double()
     bias = None if step.arguments[2] is None else values[step.arguments[2].name].double().abs()
@@ -239,7 +239,7 @@ def test_onnxruntime_agrees(kind, bitwidth, tmp_path):
     assert (expected.argmax(1) == labels).float().mean() > 0.8
     for optimized in (False, True):
         (y,) = run(tmp_path / "x.onnx", images, optimized)
-        allowed = bounds(program, images, optimized)
+        allowed = bounds(program, images)
         difference = (y - expected).abs().double()
         assert bool((difference <= allowed).all())
         assert (y.argmax(1) == expected.argmax(1)).double().mean() >= 0.999
