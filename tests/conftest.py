@@ -1,6 +1,8 @@
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Threads that wait sleep, as pytest-xdist's workers share the cores. OpenMP reads this when torch loads it.
@@ -79,6 +81,30 @@ def step(backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         loss = backward(model, optimizer, seed)
         optimizer.step()
         return loss
+
+    return run
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[Any, str, str]]:
+    """Runs the command as a shell would; returns its exit code, output and error output."""
+    from cnmix import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cnmix", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run
 

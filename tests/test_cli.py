@@ -1,36 +1,13 @@
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from cnmix import cli
-
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALL = ["seeds=[0]", "epochs=1", "threads=1", "model.args.channels=2", "batch_size=512"]
 KINDS = ["truncated", "text", "empty", "list", "foreign", "pickle", "misfit", "missing"]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs the command as a shell would; returns its exit code, output and error output."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "_width", 200)
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cnmix", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

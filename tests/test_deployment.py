@@ -1,5 +1,4 @@
 import re
-import sys
 from pathlib import Path
 
 import numpy
@@ -7,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cnmix import cli, inference
+from cnmix import inference
 from cnmix.evaluation import evaluate, restore
 from cnmix.inference import OfflineModel
 from cnmix.recipe import load_data, load_recipe
@@ -22,26 +21,6 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     recipe = load_recipe(RECIPES / "digits.yaml", [*SMALL, f"output={folder}"])
     return run_recipe(recipe, "digits", compare=True, progress=False)[0]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs the command as a shell would; returns its exit code, output and error output."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "_width", 200)
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cnmix", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture
