@@ -109,7 +109,7 @@ class TestVendorsScript:
             "except SystemExit as error: print(error, {'model', 'train', 'torch_mlu'} & set(sys.modules))"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert done.stdout.endswith("'none' set()\n")
+        assert done.stdout.endswith("there is no offline model none set()\n")
 
     @pytest.mark.parametrize(
         ("line", "message"),
