@@ -31,6 +31,8 @@ def quantize_entries(quantizer: OperandQuantizer, x: Tensor, training: bool) -> 
     if due:
         _update(quantizer, x)
     quantized = repeat_entries(quantizer, x, (state.bits, 0, state.step), training)
+    if quantizer.look_next and training:
+        quantizer.look(x, quantized)
     quantizer.notice(quantized, training)
     return quantized
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fixed_point import ROUNDINGS, FixedPoint, absmax, choose_position, limits, storage_dtype
+from ..fixed_point import ROUNDINGS, FixedPoint, FixedPointBatch, absmax, choose_position, limits, storage_dtype
 from . import native, reference
 from .native import Statistics
 from .native.structures import FloatBatch
@@ -136,7 +136,7 @@ def _summed_dim(source: Tensor, dim: int | None) -> int | None:
     return dim if source.stride(dim) == inner or source.shape[dim] == 1 else None
 
 
-def saturated_share(x: FixedPoint) -> float:
+def saturated_share(x: FixedPoint | FixedPointBatch) -> float:
     """Returns the share of values at the limits of the format, in [0, 1]; 0 for an empty tensor."""
     if x.values.numel() == 0:
         return 0.0
@@ -145,7 +145,7 @@ def saturated_share(x: FixedPoint) -> float:
     return int(at_limits) / x.values.numel()
 
 
-def shares(x: Tensor, quantized: FixedPoint) -> Shares:
+def shares(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> Shares:
     """Returns what of ``x``, float of any shape, is at either end of the format that it was quantized in.
 
     Both shares are in [0, 1], 0 for an empty tensor, and NaN where ``x`` holds NaN or infinity.
