@@ -19,6 +19,7 @@ from . import kernels
 from .config import Product, QuantizeConfig
 from .decisions import Decision, QuantizerListener, why_measured
 from .fixed_point import BITS, FixedPoint, FixedPointBatch, Rounding, choose_position
+from .kernels.profiling import timed
 from .measures import error_sums, measure_again, update_interval
 from .operand import Observation, OperandState, Rounds, parse_operand_state, relative_error
 
@@ -131,6 +132,7 @@ class OperandQuantizer:
             if self.look_next:
                 self.look(x, quantized)
 
+    @timed("look")
     def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
         """Takes the shares of a training step's tensor, as ``look_next`` asks for, which ends with it."""
         self.shares, self.look_next = kernels.shares(x, quantized), False
@@ -220,6 +222,12 @@ class OperandQuantizer:
         )
         if not found.absmax > 0 or not first.finite:
             return first, found
+        return self._adjust(x, first, found)
+
+    @timed("adapt")
+    def _adjust(self, x: Tensor, first: FixedPoint, found: kernels.Statistics) -> tuple[FixedPoint, kernels.Statistics]:
+        """Decides by what the pass at the present width found, and returns the integers that were decided for."""
+        state = self.state
         tried = {state.bits: (first, found)}
 
         def sums_at(bits: int) -> tuple[float, float]:
