@@ -124,7 +124,7 @@ def test_what_comes_later_is_measured_once() -> None:
 
 
 def test_zeros_are_looked_at_until_there_is_something() -> None:
-    model, optimizer = prepared(nn.Linear(4, 4))
+    model, _ = prepared(nn.Linear(4, 4))
     for iteration in range(COUNT + 4):
         x = torch.zeros(5, 4) if iteration < COUNT + 1 else torch.ones(5, 4)
         model(x).sum().backward()
