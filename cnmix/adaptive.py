@@ -44,9 +44,11 @@ class OperandQuantizer:
         look_next: set it to have the next training step look at its ``shares``, once, in a few passes over the tensor.
         shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
         listener: is told of every decision, of NaN and infinity, and of tensors that are looked at. A copy has none.
+        closed: whether it has measured for the last time: width and position stay. Not part of the state.
     """
 
     look_next = False
+    closed = False
     shares: kernels.Shares | None = None
     listener: QuantizerListener | None = None
 
@@ -108,6 +110,8 @@ class OperandQuantizer:
     @property
     def due(self) -> bool:
         """Whether the next training step measures."""
+        if self.closed and self.state.position is not None:
+            return False
         if self.observation is not None:
             return self.observation.due
         return self.state.step >= self.state.next_update
@@ -321,7 +325,7 @@ class OperandQuantizer:
 
     def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""
-        if self.config.saturation is None:
+        if self.config.saturation is None or self.closed:
             return
         share = kernels.saturated_share(quantized)
         if self.observation is not None:
