@@ -141,7 +141,6 @@ class Recorder:
         if any(quantizer.listener is not None for _, each in sets for _, quantizer in each):
             raise RuntimeError("another recorder records this model: close it first")
         setup = registry.models.get(self._model)
-        epochs = (quantizer.config.steps_per_epoch for _, each in sets for _, quantizer in each)
         self._write(
             "run",
             version=FORMAT_VERSION,
@@ -150,14 +149,14 @@ class Recorder:
             threads=torch.get_num_threads(),
             level=level if level is not None or setup is None else setup.level.name,
             every_n_steps=every_n_steps,
-            steps_per_epoch=next(epochs, None),
+            steps_per_epoch=None,
             first_step=first_step,
         )
         for module, each in sets:
             self._watch(module, each)
         for _, _, products in callers(self._model):
             products.on_make = self._watch
-        self.flush()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Recorder:
         return self
@@ -204,7 +203,9 @@ class Recorder:
         """Appends what is there to the file, in whole lines."""
         if not self._lines:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self._lines[0]["kind"] == "run" and self._watched:  # a Trainer's plugin learns it with the first batch
+            config = next(iter(self._watched.values())).quantizer.config
+            self._lines[0]["steps_per_epoch"] = config.steps_per_epoch
         text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in self._lines)
         with open(self.file, "ab+") as file:
             if file.tell() > 0:
