@@ -16,6 +16,8 @@ HISTOGRAM_SAMPLE = 4096
 
 # Elements whose error is summed at a time, so that the temporaries stay in the cache.
 _BLOCK = 1 << 18
+# To float32's smallest exponent, as frexp has it, makes 1.
+_OFFSET = 149
 
 
 class StepSample:
@@ -54,8 +56,6 @@ def signal_to_noise(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> float
         quantized: its integers.
     """
     values = x.detach()
-    if values.dim() == 0 or not values.numel():
-        return None
     # In steps of the format: squares of small gradients are too small for float32. The factor is exact.
     integers, factor, dtype = quantized.values, 1.0, torch.float64
     if isinstance(quantized, FixedPointBatch):  # each entry has a step of its own
@@ -63,12 +63,14 @@ def signal_to_noise(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> float
     else:
         factor = math.ldexp(1.0, -quantized.position)
         dtype = torch.float32 if abs(quantized.position) <= 126 else torch.float64
-    rows = max(1, _BLOCK * len(values) // values.numel())
+    order = _order(values)
     signal = noise = 0.0
-    for part, rounded in zip(values.split(rows), integers.split(rows), strict=True):
+    parts = (each.permute(order).reshape(-1).split(_BLOCK) for each in (values, integers))
+    for part, rounded in zip(*parts, strict=True):
         scaled = part.to(dtype) * factor
-        signal += float(scaled.square().sum())
-        noise += float(scaled.sub_(rounded).square_().sum())
+        signal += float(torch.dot(scaled, scaled))
+        scaled -= rounded.to(dtype)
+        noise += float(torch.dot(scaled, scaled))
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
@@ -81,16 +83,19 @@ def exponent_histogram(x: Tensor) -> dict[str, Any]:
     Returns:
         ``first``, the smallest exponent, None where all are zeros; ``counts`` from it on; and the number of ``zeros``.
     """
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    flat = x.detach().permute(order).reshape(-1)
+    flat = x.detach().permute(_order(x)).reshape(-1)
     distance = max(1, math.ceil(flat.numel() / HISTOGRAM_SAMPLE))
     while math.gcd(distance, flat.numel()) > 1:  # else it might meet the same columns again and again
         distance += 1
     sample = flat[::distance].to(torch.float32)
-    values = sample[sample != 0]
-    zeros = sample.numel() - values.numel()
-    if not values.numel():
+    exponents = torch.frexp(sample).exponent.add_(_OFFSET).masked_fill_(sample == 0, 0)
+    zeros, *counts = torch.bincount(exponents).tolist()
+    first = next((index for index, count in enumerate(counts) if count), None)
+    if first is None:
         return {"first": None, "counts": [], "zeros": zeros}
-    exponents = torch.frexp(values).exponent - 1
-    first = int(exponents.min())
-    return {"first": first, "counts": torch.bincount(exponents - first).tolist(), "zeros": zeros}
+    return {"first": first - _OFFSET, "counts": counts[first:], "zeros": zeros}
+
+
+def _order(x: Tensor) -> list[int]:
+    """Returns the dimensions in the order of memory."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
