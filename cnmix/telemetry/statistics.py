@@ -11,13 +11,12 @@ from torch import Tensor
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
 from ..kernels.profiling import Work
 
-HISTOGRAM_SAMPLE = 4096
-"""Values of a tensor that its histogram is of, at most."""
+SAMPLE_SIZE = 4096
+"""Values of a tensor that its histogram is of, and the noise of its ratio of signal to noise, at most."""
 
-# Elements whose error is summed at a time, so that the temporaries stay in the cache.
-_BLOCK = 1 << 18
-# To float32's smallest exponent, as frexp has it, makes 1.
-_OFFSET = 149
+# Of float32 values in steps of a format: exponents from -149 - 127 to 127 + 128, and 0 for the value zero.
+_OFFSET = 149 + 127
+_EXPONENTS = _OFFSET + 127 + 128 + 2
 
 
 class StepSample:
@@ -48,54 +47,64 @@ class StepSample:
         return {"seconds": seconds, **parts, "other": seconds - sum(parts.values())}
 
 
-def signal_to_noise(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> float | None:
-    """Returns ``10 log10(sum x² / sum (x - x̂)²)`` in dB; None where nothing is lost, or all is zero.
+class ValueSamples:
+    """Takes values of operands while a step runs, and measures all of them together, in few calls, behind it."""
 
-    Args:
-        x: float, of any shape, finite.
-        quantized: its integers.
-    """
-    values = x.detach()
-    # In steps of the format: squares of small gradients are too small for float32. The factor is exact.
-    integers, factor, dtype = quantized.values, 1.0, torch.float64
-    if isinstance(quantized, FixedPointBatch):  # each entry has a step of its own
-        integers = dequantize(quantized)
-    else:
-        factor = math.ldexp(1.0, -quantized.position)
-        dtype = torch.float32 if abs(quantized.position) <= 126 else torch.float64
-    order = _order(values)
-    signal = noise = 0.0
-    parts = (each.permute(order).reshape(-1).split(_BLOCK) for each in (values, integers))
-    for part, rounded in zip(*parts, strict=True):
-        scaled = part.to(dtype) * factor
-        signal += float(torch.dot(scaled, scaled))
-        scaled -= rounded.to(dtype)
-        noise += float(torch.dot(scaled, scaled))
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []  # in steps of the format, float64
+        self._integers: list[Tensor] = []
+        self._positions: list[int] = []
+        self._signals: list[float] = []  # sum of the squares of the whole, in steps
+        self._sizes: list[int] = []
 
+    def take(self, x: Tensor, quantized: FixedPoint | FixedPointBatch, position: int) -> int:
+        """Takes at most ``SAMPLE_SIZE`` values, at equal distances in memory; returns their number for ``measure``.
 
-def exponent_histogram(x: Tensor) -> dict[str, Any]:
-    """Counts the exponents ``floor(log2 |x|)`` of at most ``HISTOGRAM_SAMPLE`` values, at equal distances in memory.
+        Args:
+            x: float, of any shape, finite, not empty.
+            quantized: its integers.
+            position: of the operand as a whole.
+        """
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        flat = x.detach().permute(order).reshape(-1)
+        integers, factor = quantized.values, math.ldexp(1.0, -position)
+        if isinstance(quantized, FixedPointBatch):  # each entry has a step of its own
+            integers = dequantize(quantized).to(torch.float64) * factor
+        distance = max(1, math.ceil(flat.numel() / SAMPLE_SIZE))
+        while math.gcd(distance, flat.numel()) > 1:  # else it might meet the same columns again and again
+            distance += 1
+        # Squares of numbers below 2**-60 are too small for float32.
+        whole = flat.to(torch.float32 if position > -60 else torch.float64)
+        self._signals.append(torch.dot(whole, whole).item() * factor * factor)
+        self._values.append(flat[::distance].to(torch.float64) * factor)
+        self._integers.append(integers.permute(order).reshape(-1)[::distance].to(torch.float64))
+        self._positions.append(position)
+        self._sizes.append(flat.numel())
+        return len(self._sizes) - 1
 
-    Args:
-        x: float, of any shape, finite.
+    def measure(self) -> list[tuple[float | None, dict[str, Any]]]:
+        """Returns of all that was taken signal to noise and histogram.
 
-    Returns:
-        ``first``, the smallest exponent, None where all are zeros; ``counts`` from it on; and the number of ``zeros``.
-    """
-    flat = x.detach().permute(_order(x)).reshape(-1)
-    distance = max(1, math.ceil(flat.numel() / HISTOGRAM_SAMPLE))
-    while math.gcd(distance, flat.numel()) > 1:  # else it might meet the same columns again and again
-        distance += 1
-    sample = flat[::distance].to(torch.float32)
-    exponents = torch.frexp(sample).exponent.add_(_OFFSET).masked_fill_(sample == 0, 0)
-    zeros, *counts = torch.bincount(exponents).tolist()
-    first = next((index for index, count in enumerate(counts) if count), None)
-    if first is None:
-        return {"first": None, "counts": [], "zeros": zeros}
-    return {"first": first - _OFFSET, "counts": counts[first:], "zeros": zeros}
-
-
-def _order(x: Tensor) -> list[int]:
-    """Returns the dimensions in the order of memory."""
-    return sorted(range(x.dim()), key=x.stride, reverse=True)
+        The former is ``10 log10(sum x² / sum (x - x̂)²)`` in dB, whose noise is that of the sample, as many times as it
+        goes into the whole; None where nothing is lost, or all is zero. The latter has ``first``, the smallest exponent
+        ``floor(log2 |x|)``, None where all are zeros; ``counts`` of the exponents from it on; and that of ``zeros``.
+        """
+        if not self._values:
+            return []
+        count = len(self._values)
+        lengths = [len(each) for each in self._values]
+        values = torch.cat(self._values)
+        rows = torch.repeat_interleave(torch.arange(count), torch.tensor(lengths))
+        errors = (values - torch.cat(self._integers)).square_()
+        noises = torch.zeros(count, dtype=torch.float64).index_add_(0, rows, errors).tolist()
+        exponents = torch.frexp(values).exponent.add_(_OFFSET).masked_fill_(values == 0, 0)
+        table = torch.bincount(rows * _EXPONENTS + exponents, minlength=count * _EXPONENTS).view(count, _EXPONENTS)
+        found = []
+        for i, (zeros, *counts) in enumerate(table.tolist()):
+            signal, noise = self._signals[i], noises[i] * self._sizes[i] / lengths[i]
+            snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+            used = [index for index, number in enumerate(counts) if number]
+            first = used[0] - _OFFSET + self._positions[i] if used else None
+            histogram = {"first": first, "counts": counts[used[0] : used[-1] + 1] if used else [], "zeros": zeros}
+            found.append((snr, histogram))
+        return found
