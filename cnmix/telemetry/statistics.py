@@ -11,12 +11,8 @@ from torch import Tensor
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
 from ..kernels.profiling import Work
 
-SAMPLE_SIZE = 4096
+SAMPLE_SIZE = 2048
 """Values of a tensor that its histogram is of, and the noise of its ratio of signal to noise, at most."""
-
-# Of float32 values in steps of a format: exponents from -149 - 127 to 127 + 128, and 0 for the value zero.
-_OFFSET = 149 + 127
-_EXPONENTS = _OFFSET + 127 + 128 + 2
 
 
 class StepSample:
@@ -51,9 +47,9 @@ class ValueSamples:
     """Takes values of operands while a step runs, and measures all of them together, in few calls, behind it."""
 
     def __init__(self) -> None:
-        self._values: list[Tensor] = []  # in steps of the format, float64
-        self._integers: list[Tensor] = []
-        self._positions: list[int] = []
+        self._values: list[Tensor] = []
+        self._rounded: list[Tensor] = []
+        self._steps: list[tuple[float, float]] = []  # of the format, inverse: for the values, and for what was rounded
         self._signals: list[float] = []  # sum of the squares of the whole, in steps
         self._sizes: list[int] = []
 
@@ -65,21 +61,26 @@ class ValueSamples:
             quantized: its integers.
             position: of the operand as a whole.
         """
-        order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        flat = x.detach().permute(order).reshape(-1)
-        integers, factor = quantized.values, math.ldexp(1.0, -position)
-        if isinstance(quantized, FixedPointBatch):  # each entry has a step of its own
-            integers = dequantize(quantized).to(torch.float64) * factor
-        distance = max(1, math.ceil(flat.numel() / SAMPLE_SIZE))
-        while math.gcd(distance, flat.numel()) > 1:  # else it might meet the same columns again and again
+        x, integers, inverse = x.detach(), quantized.values, math.ldexp(1.0, -position)
+        whole_batch = isinstance(quantized, FixedPointBatch)  # whose entries have steps of their own
+        if whole_batch:
+            integers = dequantize(quantized)
+        if x.is_contiguous():
+            x, integers = x.view(-1), integers.reshape(-1)
+        else:
+            order = sorted(range(x.dim()), key=x.stride, reverse=True)
+            x, integers = x.permute(order).reshape(-1), integers.permute(order).reshape(-1)
+        size = x.numel()
+        distance = max(1, math.ceil(size / SAMPLE_SIZE))
+        while math.gcd(distance, size) > 1:  # else it might meet the same columns again and again
             distance += 1
         # Squares of numbers below 2**-60 are too small for float32.
-        whole = flat.to(torch.float32 if position > -60 else torch.float64)
-        self._signals.append(torch.dot(whole, whole).item() * factor * factor)
-        self._values.append(flat[::distance].to(torch.float64) * factor)
-        self._integers.append(integers.permute(order).reshape(-1)[::distance].to(torch.float64))
-        self._positions.append(position)
-        self._sizes.append(flat.numel())
+        x = x.to(torch.float32 if position > -60 else torch.float64)
+        self._signals.append(torch.dot(x, x).item() * inverse * inverse)
+        self._values.append(x[::distance].to(torch.float32, copy=True))
+        self._rounded.append(integers[::distance].clone())
+        self._steps.append((inverse, inverse if whole_batch else 1.0))
+        self._sizes.append(size)
         return len(self._sizes) - 1
 
     def measure(self) -> list[tuple[float | None, dict[str, Any]]]:
@@ -87,24 +88,25 @@ class ValueSamples:
 
         The former is ``10 log10(sum x² / sum (x - x̂)²)`` in dB, whose noise is that of the sample, as many times as it
         goes into the whole; None where nothing is lost, or all is zero. The latter has ``first``, the smallest exponent
-        ``floor(log2 |x|)``, None where all are zeros; ``counts`` of the exponents from it on; and that of ``zeros``.
+        ``floor(log2 |x|)``, None where all are zeros; ``counts`` of the exponents from it on; and that of ``zeros``,
+        among which are float32's subnormals.
         """
         if not self._values:
             return []
-        count = len(self._values)
-        lengths = [len(each) for each in self._values]
-        values = torch.cat(self._values)
-        rows = torch.repeat_interleave(torch.arange(count), torch.tensor(lengths))
-        errors = (values - torch.cat(self._integers)).square_()
-        noises = torch.zeros(count, dtype=torch.float64).index_add_(0, rows, errors).tolist()
-        exponents = torch.frexp(values).exponent.add_(_OFFSET).masked_fill_(values == 0, 0)
-        table = torch.bincount(rows * _EXPONENTS + exponents, minlength=count * _EXPONENTS).view(count, _EXPONENTS)
+        count, lengths = len(self._sizes), torch.tensor([len(each) for each in self._values])
+        values, rows = torch.cat(self._values), torch.repeat_interleave(torch.arange(count), lengths)
+        steps = torch.tensor(self._steps, dtype=torch.float64)[rows]
+        errors = values * steps[:, 0] - torch.cat(self._rounded) * steps[:, 1]
+        noises = torch.bincount(rows, errors.square_(), count).tolist()
+        exponents = values.view(torch.int32) >> 23 & 255  # as float32 has them, with 127 added
+        table = torch.bincount(rows * 256 + exponents, minlength=count * 256).view(count, 256).tolist()
         found = []
-        for i, (zeros, *counts) in enumerate(table.tolist()):
-            signal, noise = self._signals[i], noises[i] * self._sizes[i] / lengths[i]
+        for signal, noise, size, taken, (zeros, *counts) in zip(
+            self._signals, noises, self._sizes, lengths.tolist(), table, strict=True
+        ):
+            noise *= size / taken
             snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
             used = [index for index, number in enumerate(counts) if number]
-            first = used[0] - _OFFSET + self._positions[i] if used else None
-            histogram = {"first": first, "counts": counts[used[0] : used[-1] + 1] if used else [], "zeros": zeros}
-            found.append((snr, histogram))
+            first, within = (used[0] - 126, counts[used[0] : used[-1] + 1]) if used else (None, [])
+            found.append((snr, {"first": first, "counts": within, "zeros": zeros}))
         return found
