@@ -74,8 +74,8 @@ class ValueSamples:
         distance = max(1, math.ceil(size / SAMPLE_SIZE))
         while math.gcd(distance, size) > 1:  # else it might meet the same columns again and again
             distance += 1
-        # Squares of numbers below 2**-60 are too small for float32.
-        x = x.to(torch.float32 if position > -60 else torch.float64)
+        # Else squares may be too small or too large for float32.
+        x = x.to(torch.float32 if -60 < position < 30 else torch.float64)
         self._signals.append(torch.dot(x, x).item() * inverse * inverse)
         self._values.append(x[::distance].to(torch.float32, copy=True))
         self._rounded.append(integers[::distance].clone())
