@@ -356,6 +356,7 @@ class Plan:
         simple = simplify(chain, bound, of_sums=step.kind != _STEP["elements"])
         stages = (structures.Stage * len(simple))(*(encode(stage, self._kept) for stage in simple))
         for operation, made in zip(simple, stages, strict=True):
+            made.place.base = -1
             if isinstance(operation, (AddValue, Store, Quantize, Bounded)):
                 made.stride = step.channels
                 self._places.append((made.place, operation.value, 0))
