@@ -180,11 +180,12 @@ def _convolution_on_host(
 def _convolution_on_card(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None, *arguments: Any
 ) -> Tensor:
-    *geometry, scale, mode, name = arguments
+    stride, padding, dilation, groups, padding_mode, scale, mode, name = arguments
     card = x.device.index
     x, weight, bias, mean, std = _host_views(name, x, weight, bias, mean, std)
     chosen = formats(scale, mode)
-    y = integer_convolution(x, quantize_weight(weight, chosen), bias, mean, std, *geometry, chosen, name)
+    qw = quantize_weight(weight, chosen)
+    y = integer_convolution(x, qw, bias, mean, std, stride, padding, dilation, groups, padding_mode, chosen, name)
     return torch.ops.cnmix_card.card(y, card)
 
 
