@@ -23,6 +23,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ..fixed_point import BITS
+from ..kernels.profiling import timed
 from ..operand import Observation, Rounds
 from .closing import Closing
 from .places import FUNCTIONS, quantizers_of
@@ -245,6 +246,7 @@ class Ranks:
         self._newcomers += [weakref.ref(member) for member in members if member.of_function]
         self._members = [weakref.ref(member) for member in members if not member.of_function]
 
+    @timed("adapt")
     def _end_round(self) -> None:
         """Ends a round: adds up what the processes noted, if one measured, and gives every quantizer the same state."""
         self._nested = False
