@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_map
 
 CARDS = ("MLU220", "MLU270", "MLU290", "MLU370", "MLU590")
@@ -22,12 +22,12 @@ _FILE = "estimates.json"
 
 
 def estimate_steps(
-    recipe: DictConfig, levels: Sequence[str], folder: Path
+    recipe: dict[str, Any], levels: Sequence[str], folder: Path
 ) -> tuple[dict[str, dict[str, float]], str]:
     """Estimates the seconds of a training step by level and card.
 
     Args:
-        recipe: as ``load_recipe`` returns it.
+        recipe: as ``load_recipe`` returns it, as plain data.
         levels: that have been trained.
         folder: what each left, ``<level>.pt``: its weights, and the state of its quantizers.
 
@@ -44,7 +44,7 @@ def estimate_steps(
     return found["estimates"], found["reason"]
 
 
-def _run(recipe: DictConfig, levels: Sequence[str], folder: str) -> None:
+def _run(recipe: dict[str, Any], levels: Sequence[str], folder: str) -> None:
     estimates: dict[str, dict[str, float]] = {}
     reason = ""
     try:
@@ -52,7 +52,7 @@ def _run(recipe: DictConfig, levels: Sequence[str], folder: str) -> None:
 
         install(1, card_name="MLU370", strict=False)
         for level in levels:
-            estimates[level] = _estimate(recipe, level, Path(folder) / f"{level}.pt")
+            estimates[level] = _estimate(OmegaConf.create(recipe), level, Path(folder) / f"{level}.pt")
     except Exception as error:  # an estimate is an extra: the times are there without it
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         estimates = {}

@@ -7,8 +7,10 @@ import pytest
 
 from cnmix.benchmark import MetricCollector, collector
 
-KEYS = """date net batch_size cards precision DPF_mode batch_time_avg batch_time_var hardware_time_avg hardware_time_var
-throughput device dataset""".split()
+KEYS = [
+    *("date", "net", "batch_size", "cards", "precision", "DPF_mode", "batch_time_avg", "batch_time_var"),
+    *("hardware_time_avg", "hardware_time_var", "throughput", "device", "dataset"),
+]
 NAMES = ("BENCHMARK_LOG", "AVG_LOG", "DATASET_NAME", "MLU_ADAPTIVE_STRATEGY_COUNT", "CATCH_MODEL_TOTAL_ITERS")
 
 
@@ -205,5 +207,5 @@ def test_mistakes_are_named(log, clock, monkeypatch):
     with pytest.raises(RuntimeError, match=r"call place\(\) before the loop"):
         MetricCollector(record_elapsed_time=True).record()
     monkeypatch.setenv("MLU_ADAPTIVE_STRATEGY_COUNT", "some")
-    with pytest.raises(ValueError, match="MLU_ADAPTIVE_STRATEGY_COUNT must be a whole number of iterations.*'some'"):
+    with pytest.raises(ValueError, match=r"MLU_ADAPTIVE_STRATEGY_COUNT must be a whole number of iterations.*'some'"):
         MetricCollector()
