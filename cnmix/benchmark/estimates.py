@@ -8,6 +8,7 @@ Nothing is measured on a card. The emulation is put in place in a process of its
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_map
+
+from .protocol import STRATEGY_COUNT
 
 CARDS = ("MLU220", "MLU270", "MLU290", "MLU370", "MLU590")
 _FILE = "estimates.json"
@@ -47,6 +50,7 @@ def estimate_steps(
 def _run(recipe: dict[str, Any], levels: Sequence[str], folder: str) -> None:
     estimates: dict[str, dict[str, float]] = {}
     reason = ""
+    os.environ.pop(STRATEGY_COUNT, None)  # what was kept has closed already
     try:
         from ..torch_mlu import install
 

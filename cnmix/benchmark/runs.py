@@ -295,7 +295,7 @@ def _unwarned() -> Iterator[None]:
     def other(record: logging.LogRecord) -> bool:
         return STRATEGY_COUNT not in record.getMessage()
 
-    logger = logging.getLogger("cnmix.closing")
+    logger = logging.getLogger("cnmix")
     logger.addFilter(other)
     try:
         yield

@@ -43,23 +43,26 @@ def benchmark(
 
 
 def _table(result: BenchmarkResult, name: str, plan: Plan, batch_size: int, devices: int) -> Table:
+    """Returns a column for each level, and a row for each measure and card."""
     from ..benchmark.estimates import CARDS
     from ..benchmark.runs import FLOAT, notes
 
     where = "1 device" if devices == 1 else f"{devices} devices"
     table = Table(title=f"{name}: {plan.timed} iterations of {batch_size} samples on {where}")
-    table.add_column("level")
-    for heading in ("batch_time_avg\ns", "batch_time_var\ns²", "throughput\nsamples/s", f"× {FLOAT}"):
-        table.add_column(heading, justify="right")
-    for card in () if result.no_estimates else CARDS:
-        table.add_column(f"{card}\ns, ESTIMATED", justify="right")
-    base = next((each.average for each in result.levels if each.level == FLOAT), None)
+    table.add_column("level", no_wrap=True)
     for each in result.levels:
-        relative = "–" if base is None else f"{base / each.average:.2f}"
-        times = (f"{each.average:.4g}", f"{each.variance:.2g}", f"{each.throughput:.4g}", relative)
-        table.add_row(each.level, *times, *(f"{seconds:.3g}" for seconds in each.estimates.values()))
+        table.add_column(each.level, justify="right", no_wrap=True)
+    base = next((each.average for each in result.levels if each.level == FLOAT), None)
+    table.add_row("batch_time_avg, s", *(f"{each.average:.4g}" for each in result.levels))
+    table.add_row("batch_time_var, s²", *(f"{each.variance:.2g}" for each in result.levels))
+    table.add_row("throughput, samples/s", *(f"{each.throughput:.4g}" for each in result.levels))
+    relative = ("–" if base is None else f"{base / each.average:.2f}" for each in result.levels)
+    table.add_row(f"× {FLOAT}", *relative, end_section=True)
     if not result.no_estimates:
-        lines = ["ESTIMATED for a step of one card by the cost model, as if every kernel reached the card's peak"]
-        lines += ["; nothing was measured on a card. ", "; ".join(notes())]
-        table.caption = "".join(lines)
+        for card in CARDS:
+            table.add_row(f"{card}, s, ESTIMATED", *(f"{each.estimates[card]:.3g}" for each in result.levels))
+        table.caption = (
+            "ESTIMATED: a step of one card by the cost model, where every kernel reaches the card's peak; nothing was "
+            f"measured on a card. {'; '.join(notes())}"
+        )
     return table
