@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import tempfile
@@ -33,7 +32,7 @@ from ..strategies import find_level
 from ..task import batches, call, load_task
 from .collector import Timer, append_average_log, append_benchmark_log
 from .estimates import CARDS, estimate_steps
-from .protocol import STRATEGY_COUNT, Plan
+from .protocol import STRATEGY_COUNT, Plan, unwarned
 
 FLOAT = "fp32"
 """What the vendor calls training without cnmix, among the levels."""
@@ -208,7 +207,7 @@ def prepare(recipe: DictConfig, level: str, data: Dataset[Any], devices: int = 1
         steps = math.ceil(len(data) / (recipe.batch_size * devices))  # type: ignore[arg-type]
         settings = {"steps_per_epoch": steps, **fixed_point_settings(recipe)}
         settings |= {"rules": recipe_rules(recipe), "activation_dtype": recipe.cnmix.activation_dtype}
-    with _unwarned():
+    with unwarned():
         amp.initialize(model, optimizer, level, **settings)
     return model, optimizer
 
@@ -286,18 +285,3 @@ def _variable(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """Leaves out the warning that the strategy closes early: it is what a timed run is for."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return STRATEGY_COUNT not in record.getMessage()
-
-    logger = logging.getLogger("cnmix")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
