@@ -150,6 +150,7 @@ class _Job:
                 timer, model = time_level(recipe, level, data, self.plan, rank, self.devices)
                 if rank == 0:
                     self._keep(level, timer, model)
+                del timer, model  # before the next one is built
         finally:
             torch.set_num_threads(threads)
             if self.devices > 1:

@@ -183,6 +183,16 @@ def test_an_estimate_for_another_card():
     assert estimates._seconds_on("MLU270", operators) == pytest.approx(fixed + 3 * LAUNCH)
 
 
+def test_why_there_are_no_estimates(recipe, tmp_path, monkeypatch):
+    def install(*_, **__):
+        raise RuntimeError("the card needs a C++ compiler\nand more")
+
+    monkeypatch.setattr("cnmix.torch_mlu.install", install)
+    estimates._run({}, ("O1",), str(tmp_path))
+    found = json.loads((tmp_path / "estimates.json").read_text())
+    assert found == {"estimates": {}, "reason": "RuntimeError: the card needs a C++ compiler"}
+
+
 def test_each_process_has_its_own_samples():
     orders = [iter(runs._Endless(5, 3, rank, 2)) for rank in range(2)]
     first, second = [next(orders[0]) for _ in range(3)], [next(orders[1]) for _ in range(2)]
