@@ -28,7 +28,7 @@ from . import checkpoint
 from .benchmark.protocol import STRATEGY_COUNT, strategy_count, unwarned
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, evaluation_batches, read_checkpoint
-from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar
+from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar, CnmixTelemetry
 from .nn.callers import is_caller
 from .nn.module_state import check_widths
 from .recipe import (
@@ -38,7 +38,9 @@ from .recipe import (
     fixed_point_settings,
     load_data,
     recipe_rules,
+    telemetry_rules,
 )
+from .rules import RuleBook
 from .state import check_names_fit
 from .strategies import find_level
 from .task import arguments, batches, call, load_task
@@ -162,6 +164,8 @@ def run_recipe(
     build_optimizer(recipe, model.parameters())
     load_task(recipe)
     modules = [_modules_to_convert(recipe, model, level) for level in chosen]
+    for rule in telemetry_rules(recipe):
+        RuleBook(model, ()).check_names_of(rule)
     if resume is not None:
         if levels or len(chosen) * len(recipe.seeds) > 1:
             raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare or --levels")
@@ -230,6 +234,8 @@ def train(
     test_loader = evaluation_batches(recipe, data[1])
     keep_last = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     bar = [CnmixProgressBar()] if progress else []
+    recorded = telemetry_rules(recipe)
+    recorders = [CnmixTelemetry(recipe.telemetry.every_n_steps, recorded, folder, "model")] if recorded else []
     started = time.perf_counter()
     with _quiet_lightning(), unwarned():
         trainer = pl.Trainer(
@@ -237,7 +243,7 @@ def train(
             devices=1,
             max_epochs=recipe.epochs,
             plugins=[plugin, AtomicCheckpointIO()],  # last.ckpt is saved over itself
-            callbacks=[keep_last, *bar, *callbacks],
+            callbacks=[keep_last, *recorders, *bar, *callbacks],
             logger=CSVLogger(folder, name="", version=""),
             num_sanity_val_steps=0,
             limit_val_batches=0 if count else None,
@@ -257,8 +263,8 @@ def train(
     if not count:
         result.test_accuracy, loss = evaluate(training.model, test_loader, training.task)
         result.test_loss = loss if math.isfinite(loss) else None
-    recorded = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
-    checkpoint.save(folder / MODEL_FILE, training.model, **recorded)
+    details = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
+    checkpoint.save(folder / MODEL_FILE, training.model, **details)
     return result, training.model
 
 
