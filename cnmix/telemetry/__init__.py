@@ -1,0 +1,1 @@
+"""What a training logs of its operands, and reports of it."""
