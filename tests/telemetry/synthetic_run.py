@@ -87,17 +87,18 @@ def _operands(draw, modules, steps, steps_per_epoch, every, max_bitwidth):
 
 def _history(draw, identity, operand, threshold, steps, steps_per_epoch, every, max_bitwidth, spread):
     state, center = OperandState(bits=8), {"input": 0, "weight": -4, "grad_output": -9}[operand]
-    width = {"input": 1.5, "weight": 1.0, "grad_output": 2 + draw.random() * 2.5 * spread / 2}[operand]
+    start = {"input": 1.5, "weight": 1.0, "grad_output": 0.6 + draw.random() * 1.5 * spread / 2}[operand]
     due, interval = 0, 1
     for step in range(steps):
         middle = center - (3 * step / steps if operand == "grad_output" else 0) + draw.gauss(0, 0.2)
+        width = start + (0.8 * math.log10(1 + step) if operand == "grad_output" else 0)
         top = middle + 2.2 * width
         if step >= due:
             reason = "first" if step == 0 else "interval ended" if step < steps_per_epoch else "new epoch"
             errors = {}
             before, bits = (state.bits, state.position), state.bits
             while True:
-                below = 0.5 * math.erfc((middle - (top - bits)) / (width * math.sqrt(2)))
+                below = 0.5 * math.erfc((middle - (top - bits + 1)) / (width * math.sqrt(2)))
                 errors[str(bits)] = threshold * (4 * below + 0.002) * math.exp(draw.gauss(0, 0.3))
                 wider = {8: 16, 16: 31}.get(bits)
                 if errors[str(bits)] <= threshold or wider is None or wider > max_bitwidth:
