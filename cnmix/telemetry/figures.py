@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +129,7 @@ def _curve_look(labels: list[str], label: str) -> dict[str, Any]:
 
 @styled
 def macs_figure(found: MacShares, last: int) -> Figure:
-    """Draws the share of the multiply-accumulates by pair of widths; each sampled step stands for those up to the next."""
+    """Draws the share of the multiply-accumulates by pair of widths; a sampled step stands for those up to the next."""
     figure = Figure(figsize=(WIDTH, 2.6))
     axes = figure.subplots()
     bottom = [0.0] * (len(found.steps) + 1)
@@ -163,7 +164,7 @@ def times_figure(training: Training) -> Figure:
     axes = figure.subplots()
     times = [each for each in training.times if each.parts]
     steps = [each.step for each in times]
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(steps)]
     width = 0.62 * min(gaps) if gaps else 1.0
     bottom = [0.0] * len(times)
     looks = part_looks()
@@ -285,7 +286,7 @@ def step_axis(axes: Axes, first: int, end: int, logarithmic: bool) -> None:
     axes.set_xlabel("optimizer step")
     if logarithmic:
         axes.set_xscale("symlog", linthresh=1, linscale=0.3)
-        decades = [0, *(10**power for power in range(8) if 10**power < 0.7 * end), end - 1]
+        decades = [0, *(10**power for power in range(8) if 6 * 10**power < end), end - 1]
         axes.set_xticks(decades, [f"{step:,}" for step in decades])
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(first, end)

@@ -115,7 +115,7 @@ def _runs(cells: Sequence[float]) -> Iterator[tuple[int, int, int]]:
 
 @styled
 def errors_figure(operands: Sequence[Operand], first: int, last: int) -> Figure:
-    """Draws QEM against the threshold: a panel for each operand, every decision marked, and below it why it measured."""
+    """Draws QEM against the threshold, a panel for each operand: every decision marked, and below it why it measured."""
     columns = min(len(operands), 2)
     rows = -(-len(operands) // columns)
     why = reasons(operands)
@@ -129,7 +129,7 @@ def errors_figure(operands: Sequence[Operand], first: int, last: int) -> Figure:
         _draw_errors(axes, operand)
         step_axis(axes, first, last + 1, is_logarithmic(first, last))
         axes.set_xlabel("")
-        axes.margins(x=0.02)
+        axes.set_xlim(first - (0.2 if is_logarithmic(first, last) else 0.01 * (last - first + 1)))
         for place, reason in enumerate(why):
             steps = [each.step for each in operand.decisions if each.reason == reason]
             many = len(steps) > _MANY_MARKS
@@ -188,7 +188,7 @@ def _draw_errors(axes: Axes, operand: Operand) -> None:
 def _title(operand: Operand) -> str:
     widths = [operand.decisions[0].bits[0] if operand.decisions else operand.bits]
     widths += [each.bits[1] for each in operand.changes]
-    return f"{shorten(operand.name)}   int{' → '.join(map(str, widths))}"
+    return f"{shorten(operand.name, 52)}   int{' → '.join(map(str, widths))}"
 
 
 @styled
@@ -220,7 +220,7 @@ def histograms_figure(operands: Sequence[Operand]) -> Figure:
 
 def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
     samples = [each for each in operand.samples if each.histogram is not None and sum(each.histogram.counts)]
-    axes.set_title(shorten(operand.name, 30))
+    axes.set_title(shorten(operand.name, 44))
     beside.set_xticks([])
     beside.tick_params(axis="y", labelleft=False, length=0)
     beside.spines["bottom"].set_visible(False)
@@ -282,5 +282,8 @@ def exponent_shares(operand: Operand) -> tuple[ndarray, int, int]:
 
 
 def shorten(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Returns a name that fits, without its beginning where it is too long."""
-    return name if len(name) <= longest else "…" + name[1 - longest :]
+    """Returns a name that fits, without the parts that it begins with where it is too long."""
+    if len(name) <= longest:
+        return name
+    end = name[1 - longest :]
+    return "…" + (end[end.index(".") :] if "." in end[:-1] else end)

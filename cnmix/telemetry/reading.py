@@ -132,6 +132,14 @@ class Operand:
         return self.decisions[-1].bits[1] if self.decisions else self.samples[-1].bits if self.samples else self.bits
 
     @property
+    def statistics(self) -> dict[str, list[tuple[int, float]]]:
+        """Steps and values of each statistic that was sampled."""
+        found: dict[str, list[tuple[int, float]]] = {"saturation": [], "underflow": [], "snr": []}
+        for name, points in found.items():
+            points += [(each.step, value) for each in self.samples if (value := getattr(each, name)) is not None]
+        return found
+
+    @property
     def changes(self) -> list[LoggedDecision]:
         """Decisions that changed the width."""
         return [each for each in self.decisions if each.bits[0] != each.bits[1]]
@@ -148,8 +156,7 @@ class Operand:
 
     def largest(self, statistic: str) -> float | None:
         """Returns the largest ``saturation`` or ``underflow`` of all samples."""
-        values = [getattr(each, statistic) for each in self.samples]
-        return max((each for each in values if each is not None), default=None)
+        return max((value for _, value in self.statistics[statistic]), default=None)
 
     @property
     def interest(self) -> tuple[Any, ...]:
@@ -374,7 +381,7 @@ def _sample(line: dict[str, Any]) -> Sample:
 
 
 def _macs(found: Mapping[str, int]) -> dict[str, int]:
-    """Returns multiply-accumulates by pair of widths, the narrower first: which operand is which makes no difference."""
+    """Returns multiply-accumulates by pair of widths, the narrower first, whichever operand has it."""
     together: dict[str, int] = {}
     for pair, count in found.items():
         narrow, wide = sorted(map(int, pair.split("x")))
