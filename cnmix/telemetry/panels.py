@@ -115,7 +115,7 @@ def _runs(cells: Sequence[float]) -> Iterator[tuple[int, int, int]]:
 
 @styled
 def errors_figure(operands: Sequence[Operand], first: int, last: int) -> Figure:
-    """Draws QEM against the threshold, a panel for each operand: every decision marked, and below it why it measured."""
+    """Draws QEM against the threshold, a panel for each operand: every decision, and below it why it measured."""
     columns = min(len(operands), 2)
     rows = -(-len(operands) // columns)
     why = reasons(operands)

@@ -150,10 +150,8 @@ def column_edges(first: int, last: int) -> list[int]:
     if not is_logarithmic(first, last):
         return [*range(first, end, math.ceil((end - first) / _MOST_COLUMNS)), end]
     growth = math.log(end + 1) / _MOST_COLUMNS
-    return sorted(
-        {first, end}
-        | {each for each in (round(math.exp(growth * n)) - 1 for n in range(_MOST_COLUMNS)) if first < each < end}
-    )
+    starts = {round(math.exp(growth * number)) - 1 for number in range(_MOST_COLUMNS)}
+    return sorted({first, end, *(step for step in starts if first < step < end)})
 
 
 def is_logarithmic(first: int, last: int) -> bool:
@@ -206,12 +204,16 @@ class MacShares:
 def mac_shares(training: Training) -> MacShares:
     """Returns what share of the multiply-accumulates had which pair of widths, the cheapest pair first."""
     times = [each for each in training.times if sum(each.macs.values())]
-    pairs = sorted(
-        {pair for each in times for pair in each.macs}, key=lambda pair: [int(n) for n in pair.split("×")][::-1]
-    )
+    pairs = sorted({pair for each in times for pair in each.macs}, key=cost_order)
     shares = {pair: [each.macs.get(pair, 0) / sum(each.macs.values()) for each in times] for pair in pairs}
     counts = {pair: sum(each.macs.get(pair, 0) for each in times) for pair in pairs}
     return MacShares([each.step for each in times], shares, counts)
+
+
+def cost_order(pair: str) -> tuple[int, int]:
+    """Orders pairs of widths by what a product of them costs."""
+    narrow, wide = map(int, pair.split("×"))
+    return wide, narrow
 
 
 def mean_parts(training: Training) -> dict[str, float]:
@@ -231,17 +233,11 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Episode:
-    """Decisions one after the other that came out the same.
-
-    Attributes:
-        reason, outcome, bits, interval_reason: of each.
-        decisions: themselves.
-    """
+    """Decisions one after the other with the same reason, outcome and widths."""
 
     reason: str
     outcome: str
     bits: tuple[int, int]
-    interval_reason: str
     decisions: list[LoggedDecision]
 
 
@@ -249,8 +245,8 @@ def episodes(decisions: Iterable[LoggedDecision]) -> list[Episode]:
     """Returns the decisions of an operand, those together that came out the same."""
     found: list[Episode] = []
     for each in decisions:
-        alike = (each.reason, each.outcome, each.bits, each.interval_reason)
-        if found and (found[-1].reason, found[-1].outcome, found[-1].bits, found[-1].interval_reason) == alike:
+        alike = (each.reason, each.outcome, each.bits)
+        if found and (found[-1].reason, found[-1].outcome, found[-1].bits) == alike:
             found[-1].decisions.append(each)
         else:
             found.append(Episode(*alike, [each]))
@@ -267,9 +263,9 @@ def reasons(operands: Iterable[Operand]) -> list[str]:
 
 
 def representable(sample: Sample) -> tuple[int, int] | None:
-    """Returns between which exponents a format holds values: below the first they become 0, from the second they saturate.
+    """Returns between which exponents a format holds values: below the first they become 0, from the second saturate.
 
-    Half a step, 2^(position − 1), is rounded to one step or to zero; from 2^(position + bits − 1) on there is no integer.
+    Half a step, 2^(position − 1), is what rounding decides about; 2^(position + bits − 1) has no integer any more.
     """
     return None if sample.position is None else (sample.position - 1, sample.position + sample.bits - 1)
 
