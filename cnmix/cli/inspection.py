@@ -12,10 +12,7 @@ from .application import app, print_lines
 
 @app.command("inspect")
 def inspect(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, or of single trainings; several are compared."),
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of single trainings.")],
     output: Annotated[
         Path | None, typer.Option(help="The page; else report.html in RUN, or for several comparison.html here.")
     ] = None,

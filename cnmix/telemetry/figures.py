@@ -18,7 +18,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f'a report needs {error.name}: pip install "cnmix[inspect]"', name=error.name) from None
 
@@ -28,7 +28,7 @@ INK, QUIET, ALARM = "#1f2a36", "#66717d", "#b3470b"
 WIDTH = 10.4
 _STYLES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#a5adb6",
     "axes.grid": True,
@@ -108,6 +108,13 @@ def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
             )
             handles.setdefault(label, line[0])
         axes.set_title(metric)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        every = [value for points in curves.values() for _, value in points]
+        if "loss" in metric and 0 < 10 * min(every) < max(every):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("optimizer step")
     for axes in list(grid.flat)[len(named) :]:
         axes.set_visible(False)
@@ -141,7 +148,7 @@ def macs_figure(found: MacShares, last: int) -> Figure:
         axes.step(edges, top, where="post", color="white", linewidth=0.8)
         if shares[-1] >= 0.06:
             axes.annotate(
-                f"{pair}  {100 * shares[-1]:.0f} %",
+                f"{pair}: {100 * shares[-1]:.0f} %",
                 (1, (bottom[-1] + top[-1]) / 2),
                 xycoords=("axes fraction", "data"),
                 xytext=(6, 0),

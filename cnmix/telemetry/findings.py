@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from ..fixed_point import BITS
-from .numbers import write_number, write_share
+from .numbers import write_difference, write_number, write_share
 from .reading import Operand, Training
 from .views import final_values, mac_shares, mean_parts
 
@@ -33,8 +33,8 @@ def headline(training: Training) -> list[tuple[str, str]]:
 
 
 def findings(training: Training, baseline: Training | None) -> list[str]:
-    """Returns what was found, in sentences, the worst first."""
-    said = [*_warnings(training), *_widths(training), *_metrics(training, baseline), *_time(training, baseline)]
+    """Returns what was found, in sentences: how it ended, what went wrong, what was decided, what it cost."""
+    said = [*_metrics(training, baseline), *_warnings(training), *_widths(training), *_time(training, baseline)]
     if training.resumed:
         said.append(f"It was resumed at step {_listed(f'{step:,}' for step in training.resumed)}.")
     if training.unreadable:
@@ -79,9 +79,8 @@ def _widths(training: Training) -> list[str]:
         which = _listed(f"{count} {kind}" for kind, count in kinds.most_common())
         said.append(f"Widened: {_of(widened, training)} ({which}), the first {_listed(_named(widened, tell))}.")
     else:
-        said.append(
-            f"No operand was widened: {_listed(sorted({f'int{each.last_bits}' for each in operands}))} throughout."
-        )
+        widths = sorted({each.last_bits for each in operands})
+        said.append(f"No operand was widened: {_listed(f'int{bits}' for bits in widths)} throughout.")
     updates = sum(len(each.decisions) for each in operands)
     steps = training.steps[1] - training.steps[0] + 1
     said.append(
@@ -97,11 +96,11 @@ def _metrics(training: Training, baseline: Training | None) -> list[str]:
         return ["There is no float32 baseline beside it (cnmix train --compare trains one)."] if last else []
     float32 = final_values(baseline.curves)
     told = [
-        f"{name} {write_number(value)}, in float32 {write_number(float32[name])} ({value - float32[name]:+.2g})"
+        f"{name} {write_number(value)} ({write_difference(value - float32[name])})"
         for name, value in last.items()
         if name in float32
     ]
-    return [f"At the end {_listed(told)}."] if told else []
+    return [f"At the end {_listed(told)}; in brackets the difference from float32."] if told else []
 
 
 def _time(training: Training, baseline: Training | None) -> list[str]:

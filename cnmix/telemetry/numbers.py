@@ -38,6 +38,11 @@ def write_number(value: float | None) -> str:
     return f"{value:.3e}" if abs(value) < 1e-3 else f"{value:.4g}"
 
 
+def write_difference(value: float) -> str:
+    """Returns a difference with its sign."""
+    return f"{value:+.2g}".replace("-", "−").replace("e−", "e-")
+
+
 def write_share(value: float | None) -> str:
     """Returns a share in percent."""
     if value is None:
@@ -234,7 +239,9 @@ def compared_table(trainings: Sequence[Training], baselines: Mapping[str, Traini
         widths = Counter(operand.last_bits for operand in training.operands)
         cells = [training.label]
         for metric in metrics:
-            difference = f" ({last[metric] - float32[metric]:+.2g})" if metric in last and metric in float32 else ""
+            difference = ""
+            if metric in last and metric in float32:
+                difference = f" ({write_difference(last[metric] - float32[metric])})"
             cells.append(write_number(last.get(metric)) + difference)
         cells.append(", ".join(f"{count} int{bits}" for bits, count in sorted(widths.items())) or "–")
         cells.append(f"{sum(len(operand.decisions) for operand in training.operands):,}")

@@ -33,7 +33,7 @@ def map_figure(shown: OperandMap, nonfinite: Sequence[tuple[str, str, int]] = ()
         nonfinite: module, operand and step of NaN or infinity, which are marked.
     """
     rows = max(len(shown.modules), 1)
-    tall = 0.26 if rows <= 12 else 0.19 if rows <= 30 else 0.15
+    tall = 0.26 if rows <= 12 else 0.19 if rows <= 30 else 0.15 if rows <= 60 else 0.11
     figure = Figure(figsize=(WIDTH, 1.05 + tall * rows))
     present = [each for each in OPERANDS if any((module, each) in shown.cells for module in shown.modules)]
     grid = figure.subplots(1, len(present) or 1, sharey=True, squeeze=False)[0]
@@ -61,7 +61,7 @@ def map_figure(shown: OperandMap, nonfinite: Sequence[tuple[str, str, int]] = ()
         _write_into(axes, shown, classes)
         axes.set_ylim(rows, 0)
         axes.grid(visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8 if rows <= 30 else 6.5)
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8 if rows <= 30 else 6.5 if rows <= 60 else 5.5)
         axes.spines[:].set_visible(False)
     grid[0].set_yticks([row + 0.5 for row in range(len(shown.modules))], [shorten(name) for name in shown.modules])
     handles: list[Any] = [
@@ -166,6 +166,7 @@ def _draw_errors(axes: Axes, operand: Operand) -> None:
         if points:
             x, y = zip(*points, strict=True)
             many = len(points) > _MANY_MARKS
+            size = min(size, 12) if many else size
             axes.scatter(x, y, s=size, marker=marker, color=INK, linewidth=0, zorder=3, rasterized=many, label=outcome)
     taken = [(each.step, max(each.error, floor)) for each in operand.decisions if each.error is not None]
     if taken:
@@ -188,7 +189,7 @@ def _draw_errors(axes: Axes, operand: Operand) -> None:
 def _title(operand: Operand) -> str:
     widths = [operand.decisions[0].bits[0] if operand.decisions else operand.bits]
     widths += [each.bits[1] for each in operand.changes]
-    return f"{shorten(operand.name, 52)}   int{' → '.join(map(str, widths))}"
+    return f"{shorten(operand.name, 52)}: int{' → '.join(map(str, widths))}"
 
 
 @styled

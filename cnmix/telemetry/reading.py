@@ -204,7 +204,8 @@ class Training:
     @property
     def steps(self) -> tuple[int, int]:
         """First and last optimizer step that anything is known of."""
-        logged = [each.step for operand in self.operands for each in (*operand.decisions, *operand.samples)]
+        logged = [each.step for operand in self.operands for each in operand.decisions]
+        logged += [each.step for operand in self.operands for each in operand.samples]
         logged += [each.step for each in self.times]
         logged += [step for each in self.stretches for step in (each.first, each.last)]
         logged += [step for points in self.curves.values() for step, _ in points]
@@ -311,7 +312,9 @@ class _Reader:
             else:
                 operand.nonfinite.append(int(line["step"]))
         elif kind == "time":
-            parts = {name: float(line[name]) for name in ("quantize", "product", "adapt", "other") if name in line}
+            parts: dict[str, float] = {
+                name: float(line[name]) for name in ("quantize", "product", "adapt", "other") if name in line
+            }
             self.training.times.append(StepTime(line["step"], line["seconds"], parts, _macs(line.get("macs", {}))))
         elif kind == "steps":
             self.training.stretches.append(Stretch(line["first"], line["last"], line["seconds"]))

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 _SHOWN = 12
 _EARLY = " Most is decided early, so the steps are on a logarithmic axis."
-_MAP = "A row for each module, from left to right the steps, the larger the darker; white where nothing is known."
+_MAP = "A row for each module, from left to right the steps; the larger, the darker, and white where nothing is known."
 
 
 @dataclass
@@ -148,9 +148,8 @@ def _curves(training: Training, baseline: Training | None) -> list[Shown]:
             curves[metric][f"{baseline.label}, float32"] = baseline.curves[metric]
     if not curves:
         return []
-    ends = ", ".join(
-        f"{metric} {numbers.write_number(value)}" for metric, value in views.final_values(training.curves).items()
-    )
+    last = views.final_values(training.curves)
+    ends = ", ".join(f"{metric} {numbers.write_number(value)}" for metric, value in last.items())
     return [
         Shown(
             "curves",
@@ -169,79 +168,67 @@ def _maps(training: Training) -> list[Shown]:
         return []
     ranked = training.most_interesting(len(training.operands))
     early = _EARLY if views.is_logarithmic(*training.steps) else ""
-    nonfinite = [(each.module, each.operand, each.nonfinite[0]) for each in training.operands if each.nonfinite]
-    widths = "; ".join(headline(training)[0])
-    made = [
-        ("widths", "Width of each operand", views.width_map(training), numbers.widths_table, early, widths),
-        (
+    broken = [(each.module, each.operand, each.nonfinite[0]) for each in training.operands if each.nonfinite]
+    found = [
+        _map(
+            "widths",
+            "Width of each operand",
+            training,
+            views.width_map(training),
+            numbers.widths_table(ranked),
+            _MAP + early,
+            headline(training)[0][1] + " at the end",
+            broken,
+        ),
+        _map(
             "intervals",
             "Interval between updates",
+            training,
             views.interval_map(training),
-            numbers.intervals_table,
-            f" The number of steps that a decision set until the next one.{early}",
-            "",
+            numbers.intervals_table(ranked),
+            "The number of steps that a decision set until the next one." + early,
         ),
-        (
+        _map(
             "errors",
-            "Quantization error against the threshold",
+            "Quantization error",
+            training,
             views.error_map(training),
-            numbers.errors_table,
-            f" QEM at the width that a decision settled for, as a share of the operand's threshold.{early}",
-            "",
+            numbers.errors_table(ranked),
+            "QEM at the width that a decision settled for, as a share of the operand's threshold." + early,
         ),
     ]
-    found = []
-    for name, title, shown, table, more, words in made:
-        draw = _drawing(shown, nonfinite if name == "widths" else [])
-        found.append(
-            Shown(
-                name,
-                title,
-                f"{_MAP}{more}{_left_out(shown)}",
-                _alternative(title, training, words),
-                draw,
-                [table(ranked)],
-            )
-        )
-    for statistic, title, more in (
-        ("saturation", "Saturation", " The share of values at the limits of the format, of each sampled step."),
-        ("underflow", "Underflow", " The share of values that are not zero and became zero, of each sampled step."),
+    for statistic, caption in (
+        ("saturation", "The share of values at the limits of the format, at each sampled step; here on a linear axis."),
+        ("underflow", "The share of values that are not zero and became zero, at each sampled step."),
     ):
         if any(each.statistics[statistic] for each in training.operands):
-            shown = views.share_map(training, statistic)
-            most = max((each.largest(statistic) or 0.0 for each in training.operands), default=0.0)
+            most = max(each.largest(statistic) or 0.0 for each in training.operands)
+            shown, table = views.share_map(training, statistic), numbers.samples_table(ranked)
             words = f"at most {numbers.write_share(most)}"
-            found.append(
-                Shown(
-                    statistic,
-                    title,
-                    f"{_MAP}{more}{_left_out(shown)}",
-                    _alternative(title, training, words),
-                    _drawing(shown, []),
-                    [numbers.samples_table(ranked)],
-                )
-            )
+            found.append(_map(statistic, statistic.capitalize(), training, shown, table, caption, words))
     return found
 
 
-def _drawing(shown: views.OperandMap, nonfinite: Sequence[tuple[str, str, int]]) -> Callable[[], Figure]:
-    return lambda: panels.map_figure(shown, nonfinite)
-
-
-def _left_out(shown: views.OperandMap) -> str:
-    said = ""
-    if shown.alike:
-        said += f" Not shown: {shown.alike} modules with nothing but “{shown.classes.labels[0]}”."
-    if shown.left_out:
-        said += f" {shown.left_out} modules have no room here; the numbers below have all."
-    return said
-
-
-def _alternative(title: str, training: Training, words: str) -> str:
+def _map(
+    name: str,
+    title: str,
+    training: Training,
+    shown: views.OperandMap,
+    table: Table,
+    caption: str,
+    words: str = "",
+    nonfinite: Sequence[tuple[str, str, int]] = (),
+) -> Shown:
+    """Returns a figure of all operands, and says what it leaves out."""
     first, last = training.steps
-    return (
-        f"{title}: map of {len(training.operands)} operands over steps {first} to {last}{'; ' if words else ''}{words}."
+    if shown.alike:
+        caption += f" Not shown: {shown.alike} modules with nothing but “{shown.classes.labels[0]}”."
+    if shown.left_out:
+        caption += f" {shown.left_out} more modules have no room here; the numbers below have them."
+    words = (
+        f"{title}: map of {len(training.operands)} operands over steps {first} to {last}{'; ' * bool(words)}{words}."
     )
+    return Shown(name, title, caption, words, lambda: panels.map_figure(shown, nonfinite), [table])
 
 
 def _panels(training: Training) -> list[Shown]:
@@ -255,9 +242,9 @@ def _panels(training: Training) -> list[Shown]:
         found.append(
             Shown(
                 "decisions",
-                "Every decision, and its reason",
-                "A mark is an update step: the QEM that it measured, and what came of it. Hollow: a width that was tried "
-                "and whose error was over the threshold, or that was not worth it. The ticks below say why it measured. "
+                "Decisions and their reasons",
+                "A mark is an update step: the QEM that it measured, and what came of it; hollow the widths that it "
+                "tried and did not take. The ticks below say why it measured. "
                 + _first_of(decided, training, "decisions"),
                 f"QEM of {_names(decided)} at each decision, against the threshold.",
                 lambda: panels.errors_figure(decided, first, last),
@@ -268,11 +255,10 @@ def _panels(training: Training) -> list[Shown]:
         found.append(
             Shown(
                 "histograms",
-                "Values against the representable range",
-                "From left to right the sampled steps, from bottom to top the magnitude of the values by powers of two; "
-                "beside it the last sample. Zeros are counted, but have no place here. "
-                + _first_of(sampled, training, "histograms"),
-                f"Histograms of the magnitudes of {_names(sampled)}, with the largest value and half the step of their formats.",
+                "Values and representable range",
+                "From left to right the sampled steps, from bottom to top the magnitudes of the values; beside it the "
+                "last sample. Zeros are counted, but have no place here. " + _first_of(sampled, training, "histograms"),
+                f"Magnitudes of {_names(sampled)}, against the largest value and half the step of their formats.",
                 lambda: panels.histograms_figure(sampled),
                 [numbers.histograms_table(sampled)],
             )
@@ -315,8 +301,8 @@ def _costs(training: Training) -> list[Shown]:
             Shown(
                 "times",
                 "Time per step",
-                "Sampled steps: quantize is the one pass that each operand needs, adapt what update steps do beyond it, "
-                "other all the rest. The line is the mean of the steps in between, which are not sampled.",
+                "Sampled steps: quantize is the one pass that each operand needs, adapt what update steps do beyond "
+                "it, other all the rest. The line is the mean of the steps in between, which are not sampled.",
                 f"Time of the sampled steps by part, on average: {words}.",
                 lambda: figures.times_figure(training),
                 [numbers.times_table(training)],

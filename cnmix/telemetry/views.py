@@ -12,7 +12,7 @@ from .reading import LoggedDecision, Operand, Sample, Training
 
 PARTS = ("quantize", "product", "adapt", "other")
 # What fits on a page and can still be read.
-_MOST_COLUMNS, _MOST_ROWS, _MANY_ROWS, _FEWEST_ROWS, _MOST_POINTS = 120, 60, 30, 8, 400
+_MOST_COLUMNS, _MANY_ROWS, _FEWEST_ROWS, _MOST_POINTS = 120, 30, 8, 400
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class OperandMap:
 
 def width_map(training: Training) -> OperandMap:
     """Returns the widest width that each operand had in each column."""
-    return _decision_map(training, WIDTHS, lambda operand, decision: decision.bits[1], max)
+    return _decision_map(training, WIDTHS, lambda operand, decision: decision.bits[1], max, most_rows=120)
 
 
 def interval_map(training: Training) -> OperandMap:
@@ -122,6 +122,7 @@ def _decision_map(
     classes: Classes,
     value_of: Callable[[Operand, LoggedDecision], float | None],
     combine: Callable[[list[float]], float],
+    most_rows: int = 40,
 ) -> OperandMap:
     """Returns a map of what decisions set, which holds until the next one."""
     edges = column_edges(*training.steps)
@@ -138,7 +139,7 @@ def _decision_map(
             row.append(combine(values) if values else present)
             present = values[-1] if values else present
         cells[operand.module, operand.operand] = row
-    return _with_room(training, classes, edges, is_logarithmic(*training.steps), cells)
+    return _with_room(training, classes, edges, is_logarithmic(*training.steps), cells, most_rows)
 
 
 def column_edges(first: int, last: int) -> list[int]:
@@ -169,6 +170,7 @@ def _with_room(
     edges: list[int],
     logarithmic: bool,
     cells: dict[tuple[str, str], list[float | None]],
+    most_rows: int = 40,
 ) -> OperandMap:
     """Leaves out the modules that a large model has too many of: first those in which nothing happens."""
     modules = list(dict.fromkeys(operand.module for operand in training.operands))
@@ -184,7 +186,7 @@ def _with_room(
         busy = [module for module in ranked if module not in quiet]
         kept = set((busy + [module for module in ranked if module in quiet])[: max(len(busy), _FEWEST_ROWS)])
         alike = set(modules) - kept
-        kept = set([module for module in ranked if module in kept][:_MOST_ROWS])
+        kept = set([module for module in ranked if module in kept][:most_rows])
         rows = [module for module in modules if module in kept]
     else:
         rows = modules
