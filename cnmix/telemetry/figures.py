@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .reading import Training
-from .views import PARTS, MacShares, mac_shares, mean_parts, thinned
+from .records import PARTS, Training
+from .views import MacShares, mac_shares, mean_parts, thinned
 
 try:
     from matplotlib import rc_context

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from ..fixed_point import BITS
 from .numbers import write_difference, write_number, write_share
-from .reading import Operand, Training
+from .records import Operand, Training
 from .views import final_values, mac_shares, mean_parts
 
 _NAMED = 4

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .reading import Operand, Training
-from .views import PARTS, cost_order, episodes, final_values, mac_shares, mean_parts, representable, thinned
+from .records import PARTS, Operand, Training
+from .views import cost_order, episodes, final_values, mac_shares, mean_parts, representable, thinned
 
 _MOST_ROWS, _MOST_EPISODES = 1000, 40
 

@@ -16,7 +16,7 @@ from numpy import array, nan, ndarray
 
 from ..config import OPERANDS
 from .figures import ALARM, INK, QUIET, SHADES, WIDTH, step_axis, styled
-from .reading import Operand
+from .records import Operand
 from .views import OperandMap, is_logarithmic, reasons, representable
 
 _LONGEST_NAME, _WRITTEN_ROWS, _MANY_MARKS = 34, 30, 120
@@ -220,7 +220,7 @@ def histograms_figure(operands: Sequence[Operand]) -> Figure:
 
 
 def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
-    samples = [each for each in operand.samples if each.histogram is not None and sum(each.histogram.counts)]
+    samples = [each for each in operand.samples if each.histogram is not None and each.histogram.nonzero]
     axes.set_title(shorten(operand.name, 44))
     beside.set_xticks([])
     beside.tick_params(axis="y", labelleft=False, length=0)
@@ -270,7 +270,7 @@ def exponent_shares(operand: Operand) -> tuple[ndarray, int, int]:
         A row for each exponent and a column for each sample with values other than zero; the lowest and the highest
         exponent.
     """
-    found = [each.histogram for each in operand.samples if each.histogram is not None and sum(each.histogram.counts)]
+    found = [each.histogram for each in operand.samples if each.histogram is not None and each.histogram.nonzero]
     low = min(each.first for each in found)
     high = max(each.first + len(each.counts) - 1 for each in found)
     shares = [

@@ -12,7 +12,8 @@ from . import figures, numbers, panels, views
 from .figures import Figure, save_png, to_data_uri
 from .findings import findings, headline
 from .numbers import Table
-from .reading import Operand, Training, find_trainings, name_apart
+from .reading import find_trainings, name_apart
+from .records import Operand, Training
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined

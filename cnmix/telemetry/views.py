@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import OPERANDS
-from .reading import LoggedDecision, Operand, Sample, Training
+from .records import PARTS, LoggedDecision, Operand, Sample, Training
 
-PARTS = ("quantize", "product", "adapt", "other")
 # What fits on a page and can still be read.
 _MOST_COLUMNS, _MANY_ROWS, _FEWEST_ROWS, _MOST_POINTS = 120, 30, 8, 400
 
