@@ -97,6 +97,7 @@ def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
     rows = -(-len(named) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * rows + 0.35))
     grid = figure.subplots(rows, columns, squeeze=False)
+    named = {metric: {label: points for label, points in curves.items() if points} for metric, curves in named.items()}
     handles: dict[str, Any] = {}
     labels = list(dict.fromkeys(label for curves in named.values() for label in curves))
     for axes, (metric, curves) in zip(grid.flat, named.items(), strict=False):

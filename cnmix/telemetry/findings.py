@@ -67,12 +67,12 @@ def _widths(training: Training) -> list[str]:
     if not operands:
         return ["Nothing was recorded of operands in fixed point."]
     said = []
-    widened = [each for each in operands if any(one.outcome == "widened" for one in each.decisions)]
+    widened = [each for each in operands if any(one.widened for one in each.decisions)]
     if widened:
-        widened.sort(key=lambda each: next(one.step for one in each.decisions if one.outcome == "widened"))
+        widened.sort(key=lambda each: next(one.step for one in each.decisions if one.widened))
 
         def tell(operand: Operand) -> str:
-            first = next(one for one in operand.decisions if one.outcome == "widened")
+            first = next(one for one in operand.decisions if one.widened)
             return f"{operand.name} to int{first.bits[1]} at step {first.step:,}"
 
         kinds = Counter(each.operand for each in widened)

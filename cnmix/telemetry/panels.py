@@ -213,7 +213,7 @@ def histograms_figure(operands: Sequence[Operand]) -> Figure:
         Patch(facecolor=SHADES[3], label="values, darker where there are more"),
         Line2D([], [], color=ALARM, label="largest value that the format holds"),
         Line2D([], [], color=ALARM, linestyle=(0, (2, 1.5)), label="half its step: values below become 0"),
-        Patch(facecolor="white", edgecolor=ALARM, hatch="//////", label="out of the range"),
+        Patch(facecolor="#f6e6dc", edgecolor=ALARM, hatch="/////", label="out of the range"),
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=2, columnspacing=1.4)
     return figure
@@ -250,7 +250,12 @@ def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
     for exponent, share, held in zip(range(low, high + 1), column, inside, strict=True):
         look: dict[str, Any] = {"facecolor": SHADES[3], "edgecolor": SHADES[3], "linewidth": 0}
         if not held:
-            look = {"facecolor": "white", "edgecolor": ALARM, "hatch": "//////", "linewidth": 0.7}
+            look = {
+                "facecolor": "#f6e6dc",
+                "edgecolor": ALARM,
+                "linewidth": 0.6,
+                "hatch": "" if len(inside) > 40 else "/////",
+            }
         beside.barh(exponent + 0.5, share, 0.85, **look)
     beside.axhline(top, color=ALARM, linewidth=1.3)
     beside.axhline(bottom, color=ALARM, linewidth=1.3, linestyle=(0, (2, 1.5)))

@@ -23,7 +23,8 @@ class LoggedDecision:
         errors: QEM at each width that was tried; None where it was not finite.
         bits: width before and after.
         position: position before (None at the first) and after.
-        outcome: "kept", "widened", "narrowed", or "over": the error is over the threshold at max_bitwidth.
+        outcome: "kept", "widened", "narrowed", or "over": the error is over the threshold at max_bitwidth, whatever
+            became of the width.
         interval: steps until the next update.
         interval_reason: what decided the interval.
     """
@@ -42,6 +43,11 @@ class LoggedDecision:
     def error(self) -> float | None:
         """QEM at the width that was taken."""
         return self.errors.get(self.bits[1])
+
+    @property
+    def widened(self) -> bool:
+        """Whether the width grew."""
+        return self.bits[1] > self.bits[0]
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _show(training: Training, baseline: Training | None) -> Section:
     about = [str(training.folder), f"level {training.level}" if training.level else ""]
     about += [f"cnmix {header['cnmix']}"] if "cnmix" in header else []
     about += [f"torch {header['torch']}"] if "torch" in header else []
-    about += [f"{header['threads']} threads"] if "threads" in header else []
+    about += [f"{header['threads']} thread{'s' * (header['threads'] != 1)}"] if "threads" in header else []
     about += [f"sampled every {header['every_n_steps']} steps"] if header.get("every_n_steps") else []
     section = Section(training.label, " · ".join(filter(None, about)), headline(training), findings(training, baseline))
     section.figures = [*_curves(training, baseline), *_maps(training), *_panels(training), *_costs(training)]
@@ -333,6 +333,17 @@ def _compare(trainings: list[Training], baselines: dict[str, Training]) -> Secti
         section.figures.append(
             Shown("curves", "Loss and metrics", caption, alternative, draw, [numbers.curves_table(curves)])
         )
+    widths = {"mean width of the operands, in bits": {each.label: views.mean_widths(each) for each in trainings}}
+    section.figures.append(
+        Shown(
+            "widths",
+            "Width of the operands",
+            "The plain mean over all operands.",
+            f"Curves of the mean width of the operands of {names}.",
+            lambda: figures.curves_figure(widths),
+            [numbers.curves_table(widths)],
+        )
+    )
     multiplied = [each for each in trainings if views.mac_shares(each).counts]
     if multiplied:
         section.figures.append(

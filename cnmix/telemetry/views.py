@@ -84,6 +84,20 @@ def width_map(training: Training) -> OperandMap:
     return _decision_map(training, WIDTHS, lambda operand, decision: decision.bits[1], max, most_rows=120)
 
 
+def mean_widths(training: Training) -> list[tuple[int, float]]:
+    """Returns the mean width of the operands, at the end of each column of a map and at the last step."""
+    edges = column_edges(*training.steps)
+    sums = [0.0] * (len(edges) - 1)
+    for operand in training.operands:
+        widths = [operand.bits] * len(sums)
+        for decision in operand.decisions:
+            column = _column(edges, decision.step)
+            widths[column:] = [decision.bits[1]] * (len(widths) - column)
+        sums = [total + width for total, width in zip(sums, widths, strict=True)]
+    count = len(training.operands)
+    return [(end - 1, total / count) for end, total in zip(edges[1:], sums, strict=True)] if count else []
+
+
 def interval_map(training: Training) -> OperandMap:
     """Returns the interval that was set last."""
     return _decision_map(training, INTERVALS, lambda operand, decision: decision.interval, lambda values: values[-1])
