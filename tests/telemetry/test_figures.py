@@ -1,5 +1,6 @@
 """Every number that a figure shows is one that was logged."""
 
+import itertools
 import json
 import math
 
@@ -75,10 +76,10 @@ def test_maps_of_samples(training, lines, statistic):
 def test_map_is_drawn_as_it_is(training):
     shown = views.width_map(training)
     figure = panels.map_figure(shown, [("fc", "weight", 30)])
-    assert [axes.get_title() for axes in figure.axes] == ["input", "weight", "grad_output"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["input", "weight", "grad_output"]
     for axes in figure.axes:
         drawn = axes.collections[0].get_array()
-        expected = [[shown.classes.of(cell) for cell in shown.cells[each, axes.get_title()]] for each in MODULES]
+        expected = [[shown.classes.of(cell) for cell in shown.cells[each, axes.get_title("left")]] for each in MODULES]
         assert np.array_equal(drawn, expected)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == MODULES
     written = {text.get_text() for axes in figure.axes for text in axes.texts}
@@ -94,7 +95,7 @@ def test_decisions_are_all_marked_with_their_reasons(training, lines):
     assert set(why) == {line["reason"] for line in lines if line["kind"] == "decision"}
     for number, operand in enumerate(operands):
         axes, below = figure.axes[2 * number : 2 * number + 2]
-        assert axes.get_title().startswith(operand.name)
+        assert axes.get_title("left").startswith(operand.name)
         decisions = of(lines, "decision", operand, training)
         marked = {each.get_label(): [tuple(point) for point in each.get_offsets()] for each in axes.collections}
         for outcome in ("kept", "widened", "over"):
@@ -246,7 +247,7 @@ def test_greyscale_keeps_the_order():
         return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
 
     grey = [116 * lightness(shade) ** (1 / 3) - 16 for shade in figures.SHADES]
-    assert all(light - dark > 12 for light, dark in zip(grey, grey[1:], strict=False))
+    assert all(light - dark > 12 for light, dark in itertools.pairwise(grey))
     looks = figures.pair_looks(["8×8", "8×16", "16×16", "8×31", "16×31", "31×31"])
     assert len({(look["facecolor"], look["hatch"]) for look in looks.values()}) == 6
 
