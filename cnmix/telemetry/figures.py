@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
 SHADES = ("#e9eff5", "#b7cade", "#7d9fc0", "#44698f", "#17293f")
 INK, QUIET, ALARM = "#1f2a36", "#66717d", "#b3470b"
 WIDTH = 10.4
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _STYLES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: Any = {
@@ -53,6 +54,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cnmix",
     "text.color": INK,
+    "text.parse_math": False,  # names of modules may have a $
     "xtick.color": QUIET,
     "xtick.labelsize": 8,
     "ytick.color": QUIET,
@@ -298,6 +300,11 @@ def step_axis(axes: Axes, first: int, end: int, logarithmic: bool) -> None:
         axes.set_xticks(decades, [f"{step:,}" for step in decades])
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(first, end)
+
+
+def power(base: int, exponent: float) -> str:
+    """Returns a power as text, 2⁻¹⁰."""
+    return f"{base}{f'{exponent:.0f}'.translate(_RAISED)}"
 
 
 def _percent(axes: Axes) -> None:

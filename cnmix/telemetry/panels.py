@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,12 +16,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy import array, nan, ndarray
 
 from ..config import OPERANDS
-from .figures import ALARM, INK, QUIET, SHADES, WIDTH, step_axis, styled
+from .figures import ALARM, INK, QUIET, SHADES, WIDTH, power, step_axis, styled
 from .records import Operand
 from .views import OperandMap, is_logarithmic, reasons, representable
 
 _LONGEST_NAME, _WRITTEN_ROWS, _MANY_MARKS = 34, 30, 120
-_RAISED = str.maketrans("0123456789−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _MARKS = {"kept": ("o", 7), "widened": ("^", 34), "narrowed": ("v", 34), "over": ("X", 34)}
 
 
@@ -182,6 +182,7 @@ def _draw_errors(axes: Axes, operand: Operand) -> None:
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.6, max([*positive, operand.threshold]) * 3)
     axes.yaxis.set_major_locator(LogLocator(numticks=4))
+    axes.yaxis.set_major_formatter(lambda value, _: power(10, math.log10(value)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(_title(operand))
 
@@ -265,7 +266,7 @@ def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
     highest = max([high + 1, *(each[1] for each in limits if each[1] == each[1])])
     axes.set_ylim(low - 1, highest + 1)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_formatter(lambda exponent, _: "2" + f"{exponent:.0f}".replace("-", "−").translate(_RAISED))
+    axes.yaxis.set_major_formatter(lambda exponent, _: power(2, exponent))
 
 
 def exponent_shares(operand: Operand) -> tuple[ndarray, int, int]:

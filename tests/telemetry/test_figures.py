@@ -100,7 +100,7 @@ def test_decisions_are_all_marked_with_their_reasons(training, lines):
         marked = {each.get_label(): [tuple(point) for point in each.get_offsets()] for each in axes.collections}
         for outcome in ("kept", "widened", "over"):
             expected = [(line["step"], error(line)) for line in decisions if line["outcome"] == outcome]
-            assert marked.get(outcome, []) == pytest.approx(expected)
+            assert marked.get(outcome, []) == expected
         tried = [tuple(point) for line in axes.lines if line.get_marker() == "o" for point in line.get_xydata()]
         assert tried == [
             (line["step"], each)
