@@ -37,7 +37,7 @@ def trial(model: nn.Module) -> Iterator[None]:
     lazy = next((fqn for fqn, each in model.named_parameters() if is_lazy(each)), None)
     if lazy is not None:
         raise ValueError(f"{lazy!r} has no shape yet, and a forward pass would give it one: run one first")
-    with _unchanged(model), _functions_in_float(compiled), _eagerly():
+    with _unchanged(model), _functions_in_float(compiled), eagerly():
         yield
 
 
@@ -46,6 +46,12 @@ def compiled_modules(model: nn.Module) -> set[nn.Module]:
     roots = [each for each in model.modules() if getattr(each, "_compiled_call_impl", None) is not None]
     roots += [each for each in model.modules() if isinstance(getattr(each, "_orig_mod", None), nn.Module)]
     return {inside for root in roots for inside in root.modules()}
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Runs compiled functions eagerly: in a graph operations are fused, and modules have no hooks."""
+    used = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # from torch 2.6 on
+    return torch.compiler.set_stance("force_eager") if used else nullcontext()
 
 
 def copied(values: Any) -> Any:
@@ -94,12 +100,6 @@ def _functions_in_float(modules: set[nn.Module]) -> Iterator[None]:
     finally:
         for module, products in before:
             set_function_products(module, products)
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """Runs compiled functions eagerly: in a graph operations are fused, and modules have no hooks."""
-    used = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # from torch 2.6 on
-    return torch.compiler.set_stance("force_eager") if used else nullcontext()
 
 
 @contextmanager

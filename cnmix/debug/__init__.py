@@ -1,6 +1,7 @@
 """What fixed point changes in a model: which products are inexact, which operands to widen, where a NaN comes from."""
 
 from .comparison import ComparedProduct, Comparison, Errors, compare
+from .nonfinite import NonFinite, NonFiniteWatch, detect_nonfinite
 from .sensitivity import Effect, Sensitivity, sensitivity
 from .suggestion import Suggestion
 
@@ -9,8 +10,11 @@ __all__ = [
     "Comparison",
     "Effect",
     "Errors",
+    "NonFinite",
+    "NonFiniteWatch",
     "Sensitivity",
     "Suggestion",
     "compare",
+    "detect_nonfinite",
     "sensitivity",
 ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,16 @@ from torch import Tensor, nn
 from ..nn import ModuleQuantizers, module_name, quantizer_sets
 from ..nn.places import place_within
 from ..tables import format_table
-from .operands import Difference, FloatOperand, exchanged, quantizers_in, use_float_operands, with_float_operands
+from .operands import (
+    Difference,
+    FloatOperand,
+    exchanged,
+    function_name,
+    quantizers_in,
+    tensor_arguments,
+    use_float_operands,
+    with_float_operands,
+)
 from .steps import Steps
 
 RESULTS = ("output", "grad_input", "grad_weight")
@@ -53,7 +61,7 @@ class Errors:
         """Returns the signal-to-noise ratio of a result, in decibels: 20 dB for each digit that is right."""
         error = getattr(self, result)
         if error is None or math.isnan(error):
-            return error  # type: ignore[no-any-return]
+            return error
         return math.inf if error == 0 else -20 * math.log10(error) if error < math.inf else -math.inf
 
     @property
@@ -134,9 +142,7 @@ def show_error(error: float | None) -> str:
     return f"{error:.2g} ({-20 * math.log10(error):.0f} dB)"
 
 
-def compare(
-    model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any
-) -> Comparison:
+def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Comparison:
     """Runs one step in float and one in fixed point, from the same state, and ranks the products by their error.
 
     The step in fixed point is the one that the model would take next: in training it measures and widens operands that
@@ -235,9 +241,7 @@ class _Call:
             for each in (args if repeats else ())
         ]
         self._draws = torch.get_rng_state()
-        names = list(inspect.signature(function.forward).parameters)[1:]
-        tensors = [name for name, each in zip(names, args, strict=True) if isinstance(each, Tensor)]
-        self._roles = [_GRADIENTS.get(name) for name in tensors]
+        self._roles = [_GRADIENTS.get(name) for name in tensor_arguments(function, args)]
         self._grad_outputs: tuple[Tensor | None, ...] = ()
         self.results: dict[str, list[Tensor]] = {name: [] for name in RESULTS}
         self.sets = [*quantizers_in(*args)]
@@ -291,8 +295,7 @@ class _Calls:
         call = _Call(apply, function, args, self._repeats)
         result = apply(function, *args)
         call.watch(result)
-        names = [each.fqn for each in call.sets]
-        name = names[0] if len(names) == 1 else names[0].rpartition(".")[0].rstrip(".")
+        name = function_name(call.sets)
         self.found[name, self._counts[name]] = call
         self._counts[name] += 1
         return result

@@ -8,8 +8,9 @@ dropout around its products.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,3 +141,21 @@ def quantizers_in(*args: Any) -> Iterator[ModuleQuantizers]:
             yield value
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
             yield from quantizers_in(*value)
+
+
+def function_name(sets: Sequence[ModuleQuantizers]) -> str:
+    """Returns what messages call a function that multiplies, by its quantizers: an attention and a layer have several.
+
+    Names as of products, ``att..forward+2:attention``, ``lstm..l0``; a recurrent cell has that of the module.
+    """
+    name = sets[0].fqn
+    if len(sets) == 1:
+        return name
+    whole, _, part = name.rpartition(".")
+    return f"{whole}.attention" if whole.endswith(".") and part == "scores" else whole.rstrip(".")
+
+
+def tensor_arguments(function: Any, args: Sequence[Any]) -> dict[str, Tensor]:
+    """Returns the tensors among the arguments of a function that multiplies, by the names that it gives them."""
+    names = [*inspect.signature(function.forward).parameters][1:]
+    return {name: each for name, each in zip(names, args, strict=True) if isinstance(each, Tensor)}

@@ -107,9 +107,7 @@ class Sensitivity:
             left = left[count:]
             reached = self._measure.error_with(chosen)
         before, after = self._measure.macs(chosen)
-        return Suggestion(
-            make_rules(self._measure.configs(), chosen), self.error, reached, wanted, before, after
-        )
+        return Suggestion(make_rules(self._measure.configs(), chosen), self.error, reached, wanted, before, after)
 
     def __str__(self) -> str:
         table = [("module", "operand", "width", "error of the output", "error of the gradients")]
@@ -159,7 +157,7 @@ def sensitivity(
     looked_at = [fqn for fqn in bits if not modules or any(matches(fqn, pattern) for pattern in modules)]
     effects = []
     for fqn, operand in itertools.product(looked_at, OPERANDS):
-        outcome, _ = measure.rounding(lambda *each, only=(fqn, operand): each == only)  # type: ignore[misc]
+        outcome, _ = measure.rounding(lambda *each, only=(fqn, operand): each == only)
         effects.append(Effect(fqn, operand, bits[fqn][operand], *measure.errors(outcome)))
     effects.sort(key=lambda each: -each.error)
     return Sensitivity(tuple(effects), *measure.errors(everything), measure)

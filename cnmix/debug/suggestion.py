@@ -70,7 +70,7 @@ class Suggestion:
         reached = "" if self.after <= self.wanted else f", not the {self.wanted:.2g} that was asked for"
         text = f"error of the step: {self.before:.2g}, with these rules {self.after:.2g}{reached}\n"
         total = sum(self.macs_before.values()) or 1
-        table = [("multiply-accumulates", "before", "after")]
+        table: list[tuple[str, ...]] = [("multiply-accumulates", "before", "after")]
         for name in sorted({*self.macs_before, *self.macs_after}, key=_widths):
             shares = (macs.get(name, 0) / total for macs in (self.macs_before, self.macs_after))
             table.append((name, *(f"{share:.1%}" for share in shares)))
