@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -15,8 +16,6 @@ from ..nn import ModuleQuantizers, module_name, quantizer_sets
 from ..nn.places import place_within
 from ..tables import format_table
 from .operands import (
-    Difference,
-    FloatOperand,
     exchanged,
     function_name,
     quantizers_in,
@@ -80,7 +79,7 @@ class ComparedProduct:
         module: fully qualified name of the module that it is in; "" is the model itself.
         own: errors of this product alone, given the operands and the gradient that the step in float has.
         accumulated: errors in the step in fixed point, in which what comes before is in fixed point too.
-        operands: relative error of each operand that its width makes, by name.
+        operands: errors of this product alone where only one operand is rounded, by its name.
         bits: width of each operand in the step in fixed point.
     """
 
@@ -88,13 +87,13 @@ class ComparedProduct:
     module: str
     own: Errors
     accumulated: Errors
-    operands: dict[str, float]
+    operands: dict[str, Errors]
     bits: dict[str, int]
 
     @property
     def worst_operand(self) -> str | None:
-        """Name of the operand with the largest error; None where nothing was rounded."""
-        return max(self.operands, key=lambda name: _sortable(self.operands[name]), default=None)
+        """Name of the operand whose rounding makes the largest error; None where nothing was rounded."""
+        return max(self.operands, key=lambda name: self.operands[name].worst, default=None)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Comparison:
             cells = [show_error(getattr(each, name)) for each in (row.own, row.accumulated) for name in RESULTS]
             worst, operand = row.worst_operand, "–"
             if worst is not None:
-                operand = f"{worst} int{row.bits[worst]} {show_error(row.operands[worst])}"
+                operand = f"{worst} int{row.bits[worst]} {show_error(row.operands[worst].worst)}"
             table.append((row.name, *cells, operand))
         text = format_table(table)
         if self.loss is not None and self.float_loss is not None:
@@ -176,25 +175,24 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
         names = {quantizers.fqn: name for name, quantizers in quantizer_sets(steps.model)}
         use_float_operands(steps.model, lambda fqn, operand: False)
         float_outcome = steps.run(floats)
-        rows: dict[str, _Row] = defaultdict(_Row)
+        rows: dict[str, _Row] = {}
         for key, call in floats.found.items():
-            row = rows[key[0]]
+            row = rows.setdefault(key[0], _Row(call.sets))
             _add(row.accumulated, rounded.found.pop(key, None), call)
-            row.operands.extend(_add_own(row.own, call))
-    found = []
-    for name, row in rows.items():
-        operands = _operands(row.operands)
-        widths = {operand: bits[names[fqn]][operand.rpartition(" ")[2]] for operand, (fqn, _) in operands.items()}
-        found.append(
-            ComparedProduct(
-                name=name,
-                module=module_name(names[row.operands[0].fqn]),
-                own=_errors(row.own),
-                accumulated=_errors(row.accumulated),
-                operands={operand: error for operand, (_, error) in operands.items()},
-                bits=widths,
-            )
+            for name, (quantizers, operand) in _operands(call.sets).items():
+                _add(row.operands[name], call.rounding(quantizers, operand), call)
+            _add(row.own, call.rounding(), call)
+    found = [
+        ComparedProduct(
+            name=name,
+            module=module_name(names[row.sets[0].fqn]),
+            own=_errors(row.own),
+            accumulated=_errors(row.accumulated),
+            operands={each: _errors(differences) for each, differences in row.operands.items()},
+            bits={each: bits[names[of.fqn]][operand] for each, (of, operand) in _operands(row.sets).items()},
         )
+        for name, row in rows.items()
+    ]
     found.sort(key=lambda each: -each.own.worst)
     return Comparison(
         tuple(found),
@@ -216,11 +214,39 @@ def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float
     return difference.relative
 
 
+class Difference:
+    """How far tensors are from what they should be, over all elements of all of them."""
+
+    def __init__(self) -> None:
+        self._squared, self._magnitude, self.known = 0.0, 0.0, False
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        """Takes in one tensor, and what it should be."""
+        expected = expected.detach().to(torch.float64)
+        self._squared += float((found.detach().to(torch.float64) - expected).square().sum())
+        self._magnitude += float(expected.square().sum())
+        self.known = True
+
+    @property
+    def relative(self) -> float | None:
+        """Norm of the difference over the norm of what is expected; None where nothing was taken in."""
+        if not self.known:
+            return None
+        if self._magnitude == 0:
+            return 0.0 if self._squared == 0 else math.inf if self._squared > 0 else math.nan
+        return math.sqrt(self._squared / self._magnitude)
+
+
+def _differences() -> dict[str, Difference]:
+    return {name: Difference() for name in RESULTS}
+
+
 @dataclass
 class _Row:
-    own: dict[str, Difference] = field(default_factory=lambda: {name: Difference() for name in RESULTS})
-    accumulated: dict[str, Difference] = field(default_factory=lambda: {name: Difference() for name in RESULTS})
-    operands: list[ModuleQuantizers] = field(default_factory=list)
+    sets: list[ModuleQuantizers]
+    own: dict[str, Difference] = field(default_factory=_differences)
+    accumulated: dict[str, Difference] = field(default_factory=_differences)
+    operands: dict[str, dict[str, Difference]] = field(default_factory=lambda: defaultdict(_differences))
 
 
 class _Call:
@@ -262,8 +288,20 @@ class _Call:
             if role is not None and each is not None:
                 self.results[role].append(each.detach().clone())
 
-    def again(self, exchange: Callable[[ModuleQuantizers], ModuleQuantizers]) -> _Call:
-        """Computes the function once more, of the same operands and gradients, with other quantizers."""
+    def rounding(self, only: ModuleQuantizers | None = None, operand: str = "") -> _Call:
+        """Computes the function once more, of the same operands and gradients, with its operands rounded, or one."""
+        if only is None:
+            changed = {id(each): with_float_operands(each, lambda name: True) for each in self.sets}
+        else:
+            # Which leaves the step to be counted where all are rounded.
+            sets = {id(each): copy.deepcopy(each) if each is only else each for each in self.sets}
+            changed = {
+                number: with_float_operands(each, lambda name, of=number: of == id(only) and name == operand)  # type: ignore[misc]
+                for number, each in sets.items()
+            }
+        return self._again(lambda each: changed[id(each)])
+
+    def _again(self, exchange: Callable[[ModuleQuantizers], ModuleQuantizers]) -> _Call:
         args = tuple(exchanged(each, exchange) for each in self._args)
         other = _Call(self._apply, self._function, args, repeats=False)
         with torch.random.fork_rng(devices=[]):
@@ -312,29 +350,13 @@ def _add(differences: dict[str, Difference], found: _Call | None, expected: _Cal
                 difference.add(one.cpu(), other.cpu())
 
 
-def _add_own(differences: dict[str, Difference], call: _Call) -> list[ModuleQuantizers]:
-    """Adds the difference that rounding the operands of this call alone makes; returns what rounded them."""
-    rounding = {id(each): with_float_operands(each, lambda operand: True) for each in call.sets}
-    _add(differences, call.again(lambda each: rounding[id(each)]), call)
-    return [*rounding.values()]
-
-
-def _operands(sets: list[ModuleQuantizers]) -> dict[str, tuple[str, float]]:
-    """Returns the product and the largest relative error of each operand by name, with its part of several products."""
-    alone = len({each.fqn for each in sets}) == 1
-    found: dict[str, tuple[str, float]] = {}
+def _operands(sets: list[ModuleQuantizers]) -> dict[str, tuple[ModuleQuantizers, str]]:
+    """Returns the operands of a function that multiplies by name, with its part of several products."""
+    found = {}
     for quantizers in sets:
-        part = "" if alone else f"{place_within(quantizers.fqn).rpartition('.')[2]} "
-        for operand, quantizer in quantizers:
-            error = quantizer.difference.relative if isinstance(quantizer, FloatOperand) else None
-            name = part + operand
-            if error is not None and (name not in found or _sortable(error) > _sortable(found[name][1])):
-                found[name] = quantizers.fqn, error
+        part = "" if len(sets) == 1 else f"{place_within(quantizers.fqn).rpartition('.')[2]} "
+        found.update({part + operand: (quantizers, operand) for operand, _ in quantizers})
     return found
-
-
-def _sortable(error: float) -> float:
-    return math.inf if math.isnan(error) else error
 
 
 def _errors(differences: dict[str, Difference]) -> Errors:

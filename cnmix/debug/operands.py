@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,38 +23,12 @@ from ..nn import ModuleQuantizers, quantizers_of
 from ..nn.places import attach
 
 
-class Difference:
-    """How far tensors are from what they should be, over all elements of all of them."""
-
-    def __init__(self) -> None:
-        self._squared, self._magnitude, self.known = 0.0, 0.0, False
-
-    def add(self, found: Tensor, expected: Tensor) -> None:
-        """Takes in one tensor, and what it should be."""
-        expected = expected.detach().to(torch.float64)
-        self._squared += float((found.detach().to(torch.float64) - expected).square().sum())
-        self._magnitude += float(expected.square().sum())
-        self.known = True
-
-    @property
-    def relative(self) -> float | None:
-        """Norm of the difference over the norm of what is expected; None where nothing was taken in."""
-        if not self.known:
-            return None
-        if self._magnitude == 0:
-            return 0.0 if self._squared == 0 else math.inf if self._squared > 0 else math.nan
-        return math.sqrt(self._squared / self._magnitude)
-
-
 class FloatOperand(OperandQuantizer):
     """Takes a quantizer's place, and returns floats.
 
     Args:
         inner: the quantizer, whose settings and state are used, and which counts the steps.
         rounds: whether the floats are the values of its integers.
-
-    Attributes:
-        difference: of what it rounded from what it was given.
     """
 
     def __init__(self, inner: OperandQuantizer, rounds: bool) -> None:
@@ -64,17 +37,15 @@ class FloatOperand(OperandQuantizer):
         super().__init__(config.replace(bitwidth=31, max_bitwidth=31), inner.product, inner.name)
         self.inner = inner
         self.rounds = rounds
-        self.difference = Difference()
 
     def measured(
         self, x: Tensor, training: bool, *, channel_dim: int | None = None, with_checksum: bool = False
     ) -> tuple[FixedPoint, kernels.Statistics]:
         """Returns floats in the place of the integers; of the statistics, what products need."""
-        values = x.detach().to(torch.float32, copy=True)
         if self.rounds:
-            rounded = dequantize(quantize_entries(self.inner, x, training))
-            self.difference.add(rounded, values)
-            values = rounded
+            values = dequantize(quantize_entries(self.inner, x, training))
+        else:
+            values = x.detach().to(torch.float32, copy=True)
         sums = None if channel_dim is None else kernels.channel_sums(x, channel_dim)
         checksum = kernels.checksum(x) if with_checksum else None
         return _as_operand(values), kernels.Statistics(0.0, 0, channel_sums=sums, checksum=checksum)
