@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..config import OPERANDS, OperandConfigs
 from ..fixed_point import BITS
+from ..kernels.profiling import add_listener, remove_listener
 from ..nn import module_name, quantizer_sets
 from ..rules import matches, no_module_called
 from ..tables import format_table
 from .comparison import relative_error, show_error
 from .operands import use_float_operands
 from .steps import Outcome, Steps
-from .suggestion import Suggestion, Width, count_macs, make_rules, widen
+from .suggestion import CountedMacs, Suggestion, Width, make_rules, widen
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,13 @@ class _Measure:
         for each in ({}, wider):
             with self._steps.prepared():
                 widen(self._steps.model, each)
-                found.append(count_macs(self._steps))
+                counted = CountedMacs()
+                add_listener(counted)
+                try:
+                    self._steps.run()
+                finally:
+                    remove_listener(counted)
+            found.append(counted.by_widths)
         return found[0], found[1]
 
 

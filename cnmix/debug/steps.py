@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..accounting import ExecutedProducts, executed_products
 from ..nn import quantizer_sets, quantizers_of
 from ..nn.card_tensors import product_watcher
 from ..nn.function_calls import function_products
@@ -86,10 +85,6 @@ class Steps:
             return self._step()
         finally:
             product_watcher.reset(token)
-
-    def count(self) -> ExecutedProducts:
-        """Counts the products of the step, within ``prepared``."""
-        return executed_products(self._whole, *self._example, loss=self._loss, **self._named)
 
     def _step(self) -> Outcome:
         args, named = copied((self._example, self._named))

@@ -13,10 +13,10 @@ from torch import nn
 from ..config import OPERANDS, OperandConfigs
 from ..files import replacing
 from ..fixed_point import POSITION_MIN
+from ..kernels.profiling import Work
 from ..nn import module_name, quantizer_sets
 from ..rules import Rule, parse_rules
 from ..tables import format_table
-from .steps import Steps
 
 
 class Width(NamedTuple):
@@ -81,7 +81,7 @@ class Suggestion:
 
 
 def _widths(name: str) -> tuple[int, ...]:
-    return tuple(int(each.removeprefix("int")) for each in name.split(" x ")) if name != "float" else (99,)
+    return tuple(int(each.removeprefix("int")) for each in name.split(" x "))
 
 
 def widen(model: nn.Module, widths: Mapping[tuple[str, str], Width]) -> None:
@@ -100,13 +100,19 @@ def widen(model: nn.Module, widths: Mapping[tuple[str, str], Width]) -> None:
             quantizer.config = quantizer.config.replace(**width._asdict())
 
 
-def count_macs(steps: Steps) -> dict[str, int]:
-    """Returns the multiply-accumulates of the step of a model that is prepared, by the widths of their operands."""
-    found: dict[str, int] = {}
-    for row in steps.count().rows:
-        name = "float" if row.bits is None else " x ".join(f"int{bits}" for bits in sorted(row.bits))
-        found[name] = found.get(name, 0) + (row.macs or 0)
-    return {name: macs for name, macs in found.items() if macs}
+class CountedMacs:
+    """Counts the multiply-accumulates of the core by the widths of their operands, as a listener of the kernels."""
+
+    def __init__(self) -> None:
+        self.by_widths: dict[str, int] = {}
+
+    def multiplied(self, bits: tuple[int, int], macs: int, numbers: tuple[int, int]) -> None:
+        """Takes note of a product."""
+        name = " x ".join(f"int{each}" for each in sorted(bits))
+        self.by_widths[name] = self.by_widths.get(name, 0) + macs
+
+    def spent(self, work: Work, seconds: float) -> None:
+        """Takes note of nothing."""
 
 
 def make_rules(

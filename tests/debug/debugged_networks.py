@@ -96,10 +96,10 @@ def mlp() -> nn.Sequential:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (7, 32)),
     "convolutions": (convolutions, (3, 4, 8, 8)),
-    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding="same"), (2, 2, 4, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 3, padding="same"), (2, 2, 4, 4, 4)),
     "bilinear": (lambda: Pair(), (5, 16)),
     "attention": (Attention, (2, 6, 16)),
-    "lstm": (lambda: Recurrent(nn.LSTM, proj_size=8, bidirectional=True), (3, 6, 16)),
+    "lstm": (lambda: Recurrent(nn.LSTM, bidirectional=True), (3, 6, 16)),
     "gru": (lambda: Recurrent(nn.GRU, num_layers=2), (3, 6, 16)),
     "rnn": (lambda: Recurrent(nn.RNN), (3, 6, 16)),
     "checkpointed": (lambda: Checkpointed(False), (6, 16)),
