@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -216,6 +217,9 @@ def detect_nonfinite(model: nn.Module, *, raises: bool = True, first_step: int =
     watch = NonFiniteWatch(model, raises, first_step)
     with ExitStack() as stack:
         stack.enter_context(eagerly())
+        stack.enter_context(warnings.catch_warnings())
+        # Of a compiled model, which is run eagerly here, and looked at once.
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules", category=UserWarning)
         # For all modules, as torch's transformer layers take another way where they have hooks of their own.
         handles = [
             register_module_forward_pre_hook(watch.enter),
