@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .recorder import FILE, FORMAT_VERSION
 from .records import Histogram, LoggedDecision, Operand, Sample, StepTime, Stretch, Training, level_and_seed
 
 METRICS_FILE = "metrics.csv"
