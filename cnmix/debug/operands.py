@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..adaptive import OperandQuantizer
+from ..config import QuantizeConfig
 from ..entries import quantize_entries
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
 from ..nn import ModuleQuantizers, quantizers_of
@@ -32,9 +33,8 @@ class FloatOperand(OperandQuantizer):
     """
 
     def __init__(self, inner: OperandQuantizer, rounds: bool) -> None:
-        # What is set aside here is done in rounding.
-        config = inner.config.replace(per_entry=False, exact_int31=False, saturation=None, rounding="nearest_even")
-        super().__init__(config.replace(bitwidth=31, max_bitwidth=31), inner.product, inner.name)
+        # Its settings are those of the quantizer, which rounds; here none matters.
+        super().__init__(QuantizeConfig(bitwidth=31), inner.product, inner.name)
         self.inner = inner
         self.rounds = rounds
 
