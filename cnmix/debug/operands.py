@@ -77,15 +77,20 @@ def _as_operand(values: Tensor) -> FixedPoint:
     return FixedPoint(values, 31, 0)
 
 
-def with_float_operands(quantizers: ModuleQuantizers, rounds: Callable[[str], bool]) -> ModuleQuantizers:
-    """Returns quantizers of a product whose operands are floats; ``rounds`` says which of them, by name, are rounded.
+def with_float_operands(
+    quantizers: ModuleQuantizers, rounds: Callable[[str], bool], counts: bool = True
+) -> ModuleQuantizers:
+    """Returns quantizers of a product whose operands are floats.
 
-    They share the states with the given ones.
+    Args:
+        quantizers: of integers, or of floats.
+        rounds: says which operands, by name, are rounded.
+        counts: whether their steps count, in the states of the given ones.
     """
     changed = copy.copy(quantizers)
     for operand, quantizer in quantizers:
         inner = quantizer.inner if isinstance(quantizer, FloatOperand) else quantizer
-        setattr(changed, operand, FloatOperand(inner, rounds(operand)))
+        setattr(changed, operand, FloatOperand(inner if counts else copy.deepcopy(inner), rounds(operand)))
     return changed
 
 
