@@ -1,7 +1,7 @@
 """Takes what pages link to outside of docs/ into the site, so that one link works there and in the repository.
 
-A page says ``[the script](../examples/plain_pytorch.py)`` as the repository's browser wants it. The site gets a page for
-each file that is linked to so: Markdown as it is, code as a block. mkdocs calls the functions by their names.
+A page says ``[the script](../examples/plain_pytorch.py)`` as the repository's browser wants it. The site gets a page
+for each file that is linked to so: Markdown as it is, code as a block. mkdocs calls the functions by their names.
 """
 
 from __future__ import annotations
