@@ -20,6 +20,7 @@ FOLDER = "repository"
 _LINK = re.compile(r"\]\((?!\w+:|#|/)([^)#\s]+)(#[^)\s]*)?\)")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json"}
 _PICTURES = {".png", ".svg", ".jpg"}
+_COMMENT = re.compile(r"^<!--.*?-->\n+", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         source, text = unread.pop()
         targets = {_target(source, link[1], root) for link in _LINK.finditer(text)}
         for target in sorted(targets - taken - {""}):
-            if target.startswith("docs/"):
+            if _is_of_the_site(target):
                 continue
             taken.add(target)
             suffix = PurePosixPath(target).suffix
@@ -49,7 +50,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links to files outside of docs/ into links to their pages, and the links of these back to docs/."""
+    """Turns links to files outside of docs/ into links to their pages, and the links of these back to docs/.
+
+    Comments, which are there for the tests of examples, are left out.
+    """
     root, uri = Path(config.docs_dir).parent, page.file.src_uri
     source = uri.removeprefix(f"{FOLDER}/").removesuffix(".md") if uri.startswith(f"{FOLDER}/") else f"docs/{uri}"
 
@@ -59,7 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[0]  # mkdocs says that there is no such file
         return f"]({posixpath.relpath(_uri(target), posixpath.dirname(uri))}{link[2] or ''})"
 
-    return _LINK.sub(rewrite, markdown)
+    return _LINK.sub(rewrite, _COMMENT.sub("", markdown) if not uri.startswith(FOLDER) else markdown)
 
 
 def _target(source: str, link: str, root: Path) -> str:
@@ -70,9 +74,14 @@ def _target(source: str, link: str, root: Path) -> str:
     return target if (root / target).is_file() and not target.startswith("../") else ""
 
 
+def _is_of_the_site(target: str) -> bool:
+    """Whether mkdocs takes the file by itself; the scripts in docs/ it leaves out."""
+    return target.startswith("docs/") and not target.endswith(".py")
+
+
 def _uri(target: str) -> str:
     """Returns where a file of the repository stands in the site."""
-    if target.startswith("docs/"):
+    if _is_of_the_site(target):
         return target.removeprefix("docs/")
     is_as_it_is = PurePosixPath(target).suffix in {".md", *_PICTURES}
     return f"{FOLDER}/{target}" if is_as_it_is else f"{FOLDER}/{target}.md"
