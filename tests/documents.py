@@ -95,6 +95,8 @@ def blocks(text: str) -> list[Block]:
             reader.heading, reader.text_between = line.lstrip("# "), True
         elif line.strip():
             reader.text_between = True
+    if "given" in reader.marks:  # checks at the end of a page
+        reader.found.append(Block("", "python", "", reader.heading, at, given=reader.marks["given"]))
     return reader.found
 
 

@@ -17,6 +17,7 @@ import doctest
 import os
 import re
 import shlex
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -96,10 +97,17 @@ class Reader:
                 for variable in variables:
                     patch.setenv(*variable.split("=", 1))
                 arguments = [self.resolve(word) for word in words[len(variables) + 1 :]]
-                code, output, errors = self.command(*arguments)
+                code, output, errors = self.run_script(arguments) if arguments[0] == "run" else self.command(*arguments)
             assert code == 0, f"{name(self.page)}:{block.line}: {line}\n{output}{errors}"
             printed += output
         return printed
+
+    def run_script(self, arguments: list[str]) -> tuple[int, str, str]:
+        """``cnmix run`` becomes the script's process."""
+        done = subprocess.run(
+            [sys.executable, "-m", "cnmix", *arguments], cwd=self.folder, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr
 
     def resolve(self, word: str) -> str:
         """Puts the folder of the last run in the place of ``<time>``, and the one file that a pattern means."""
