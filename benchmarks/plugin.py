@@ -21,14 +21,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from report import describe, machine, save_json, table
+from report import begin, save_json, table
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import cnmix
 from cnmix.lightning import CnmixPlugin
 from cnmix.recipe import build_model, load_data, load_recipe
-from cnmix.training import Classification
+from cnmix.training import Training
 
 ROOT = Path(__file__).parent
 OUTPUT = ROOT / "results" / "plugin.json"
@@ -51,7 +51,7 @@ class Stopwatch(Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-class Task(Classification):
+class Task(Training):
     """The recipe's task, without logging, which the hand-written loop does not do either."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -116,8 +116,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    found = machine()
-    print(describe(found))
+    result = begin("plugin", epochs=args.epochs)
     recipe = load_recipe(ROOT.parent / "recipes" / "digits.yaml")
     settle = 10
     ways = [Way(name, recipe) for name in WAYS]
@@ -136,8 +135,7 @@ def main() -> None:
     rows = [[WAYS[name], f"{1e6 * seconds:.0f}", f"{seconds / steps['loop']:.3f}"] for name, seconds in steps.items()]
     table("A training step of the digits recipe", ["way", "µs", "× the loop"], rows)
     print(f"the plugin alone, epoch against epoch: {1e6 * more:+.0f} µs, {cost:+.2%} of the loop's step")
-    result = {"benchmark": "plugin", "machine": found, "epochs": args.epochs, "seconds": steps, "cost": cost}
-    print(save_json(args.output, result))
+    print(save_json(args.output, result | {"seconds": steps, "cost": cost}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 ``model, optimizer = cnmix.initialize(model, optimizer, opt_level="O1")``
 """
 
-from . import core
+from . import core, telemetry
 from .accounting import executed_products
 from .amp import dequantize, initialize, scale_loss
 from .config import QuantizeConfig
@@ -31,4 +31,5 @@ __all__ = [
     "show_config",
     "state_dict",
     "summary",
+    "telemetry",
 ]

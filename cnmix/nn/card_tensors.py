@@ -118,6 +118,21 @@ def to_device_of(x: Tensor, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(results) if x.is_cpu else _on_card(tuple(results), x.get_device())
 
 
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what computes as a function of the host's tensors does, wherever the tensors are.
+
+    Args:
+        function: takes a tensor first, and others with it as they are; returns one or a tuple of them.
+    """
+
+    @functools.wraps(function)
+    def computed(x: Tensor, *args: Any) -> Any:
+        results = function(to_host(x), *map(to_host, args))
+        return results if x.is_cpu else _on_card(results, x.get_device())
+
+    return computed
+
+
 def host_by_default() -> AbstractContextManager[Any]:
     """Returns a context in which new tensors are the host's, even where ``torch.set_default_device`` says otherwise."""
     return nullcontext() if torch._C._len_torch_function_stack() == 0 else torch.device("cpu")
