@@ -131,7 +131,7 @@ def reader(
     """Puts a page into a folder with the repository's own beside it, on one thread."""
     for folder in ("recipes", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     torch.set_num_threads(1)
     torch.manual_seed(0)
