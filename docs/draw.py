@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 import cnmix
 from cnmix import kernels
-from cnmix.adaptive import quantization_error, update_interval
 from cnmix.fixed_point import BITS, FixedPoint, absmax, choose_position, dequantize
+from cnmix.measures import quantization_error, update_interval
 from cnmix.nn.base import QuantizedModule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,16 +322,16 @@ def intervals() -> Figure:
     config = cnmix.QuantizeConfig()
     figure, (left, middle, right) = canvas(7.6, 2.8, 3)
     errors = [10 ** (-4 + step / 60) for step in range(151)]
-    left.plot(errors, [update_interval(0, 0.0, error, config) for error in errors], color=BLUE)
+    left.plot(errors, [update_interval(0, 0.0, error, config)[0] for error in errors], color=BLUE)
     left.set(
         xscale="log", yscale="log", xlabel="QEM", ylabel="steps until the next update", title="I2: a coarse format"
     )
     moves = [10 ** (-2 + step / 60) for step in range(151)]
-    middle.plot(moves, [update_interval(0, move, 0.0, config) for move in moves], color=BLUE)
+    middle.plot(moves, [update_interval(0, move, 0.0, config)[0] for move in moves], color=BLUE)
     middle.set(xscale="log", yscale="log", xlabel="|position − m|", title="I1: a range that moves")
     average, steps = 100.0, []
     for _ in range(300):
-        steps.append(update_interval(-7, average, 0.001, config))
+        steps.append(update_interval(-7, average, 0.001, config)[0])
         average = config.alpha * -7 + (1 - config.alpha) * average
     right.plot(steps, color=BLUE)
     right.set(yscale="log", xlabel="updates so far", title="m starts at 100")
