@@ -60,12 +60,13 @@ class Reader:
         self.page, self.command, self.folder, self.capture = page, command, folder, capture
         self.module = ModuleType("page")
         self.printed = ""
+        self.given: dict[str, Any] = {}
 
     def read(self) -> None:
         is_whole = self.page.parent.name in {"tutorials", "migration"}
         for block in blocks(self.page.read_text()):
             if not is_whole:
-                vars(self.module).update(objects())
+                self.give()
             if block.given:
                 self.python(block.given, block.line)
             if block.fragment:
@@ -80,6 +81,12 @@ class Reader:
                 yaml.safe_load(block.source)
             elif block.language == "text" and block.follows:
                 self.compare(block)
+
+    def give(self) -> None:
+        """Makes a script's objects anew, but for the names that the page has given to others."""
+        names, fresh = vars(self.module), objects()
+        self.given = {key: value for key, value in fresh.items() if names.get(key) is self.given.get(key)}
+        names.update(self.given)
 
     def python(self, source: str, line: int) -> str:
         self.capture.readouterr()
