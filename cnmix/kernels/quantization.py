@@ -145,8 +145,8 @@ def saturated_share(x: FixedPoint | FixedPointBatch) -> float:
     if x.values.numel() == 0:
         return 0.0
     values = _flat(x.values)
-    least, largest = (int(each) for each in values.aminmax())  # far quicker than to count; few tensors reach a limit
-    reached = [limit for limit in limits(x.bits) if limit in (least, largest)]
+    least, largest = torch.aminmax(values)  # far quicker than to count, and few tensors reach a limit
+    reached = [limit for limit, most in zip(limits(x.bits), (least, largest), strict=True) if most.item() == limit]
     return sum(int(values.eq(limit).count_nonzero()) for limit in reached) / values.numel()
 
 
@@ -298,6 +298,8 @@ def _quantize_blocks(
 
 def _flat(x: Tensor) -> Tensor:
     """Returns the elements in the order of memory where that makes a view, else as they are."""
+    if x.is_contiguous():
+        return x.view(-1)
     return _in_memory_order(x) if _is_dense(x) else x
 
 

@@ -34,6 +34,10 @@ computes several products.
 Under a transform of ``torch.func`` and in compiled graphs nobody is told.
 """
 
+product_watcher: ContextVar[Callable[..., Any] | None] = ContextVar("product_watcher", default=None)
+"""Called as ``watcher(apply, function, *args)`` in the place of each function that multiplies in fixed point, on any
+device: ``apply(function, *args)`` computes it, and what the watcher returns is its result."""
+
 _Teller = Callable[[str, list[str], Any], None]
 
 # The first operands of every product, as its observers know them.
@@ -70,6 +74,11 @@ def apply_on_host(function: type[torch.autograd.Function], *args: Any) -> Any:
     Raises:
         RuntimeError: if some are on one device and some on another.
     """
+    watcher = product_watcher.get()
+    return _apply(function, *args) if watcher is None else watcher(_apply, function, *args)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if args[0].is_cpu and args[1].is_cpu:
         return function.apply(*args)
     return _card_form(function).apply(*args)

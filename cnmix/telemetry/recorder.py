@@ -27,7 +27,7 @@ from ..registry import registry, unwrap
 from ..rules import RuleBook
 from ..version import __version__
 from .rules import TelemetryRule, is_due, parse_telemetry_rules
-from .statistics import StepSample, exponent_histogram, signal_to_noise
+from .statistics import StepSample, ValueSamples
 
 logger = logging.getLogger("cnmix")
 
@@ -47,6 +47,7 @@ class _Watched:
         rules: that hold for it.
         quantizer: of the operand.
         sample: what was found in the step that is being sampled; None where nothing was looked at.
+        place: of its values among those of the step; None where it has none.
         statistics: that this step is asked for.
         met_nonfinite: whether NaN or infinity has been recorded.
     """
@@ -55,6 +56,7 @@ class _Watched:
     rules: tuple[TelemetryRule, ...]
     quantizer: OperandQuantizer
     sample: dict[str, Any] | None = None
+    place: int | None = None
     statistics: set[str] = field(default_factory=set)
     met_nonfinite: bool = False
 
@@ -134,6 +136,7 @@ class Recorder:
         self._step, self._latest = first_step - 1, first_step - 1
         self._started: float | None = None
         self._sample: StepSample | None = None
+        self._values = ValueSamples()
         self._between: dict[str, Any] | None = None  # first, last and seconds of the steps that were not sampled
         if not self._active:
             return
@@ -258,19 +261,15 @@ class Recorder:
         watched, shares = self._watched[id(quantizer)], quantizer.shares
         if self._sample is None or shares is None:  # another asked for it
             return
-        state = quantizer.state
-        position = quantized.position if isinstance(quantized, FixedPoint) else state.position
-        found: dict[str, Any] = {"bits": quantized.bits, "position": position}
-        finite = quantized.finite and x.numel() > 0
-        measure = {
-            "saturation": lambda: _number(shares.saturation),
-            "underflow": lambda: _number(shares.underflow),
-            "snr": lambda: signal_to_noise(x, quantized) if finite else None,
-            "histogram": lambda: exponent_histogram(x) if finite else None,
-            "scale": lambda: None if position is None else math.ldexp(1.0, position),
-        }
-        found.update((name, of()) for name, of in measure.items() if name in watched.statistics)
-        watched.sample = found
+        position = quantized.position if isinstance(quantized, FixedPoint) else quantizer.state.position
+        values = {"saturation": _number(shares.saturation), "underflow": _number(shares.underflow), "scale": None}
+        if position is not None:
+            values["scale"] = math.ldexp(1.0, position)
+        chosen = {name: value for name, value in values.items() if name in watched.statistics}
+        watched.sample = {"bits": quantized.bits, "position": position, **chosen}
+        watched.place = None
+        if watched.statistics & {"snr", "histogram"} and quantized.finite and x.numel() and position is not None:
+            watched.place = self._values.take(x, quantized, position)
 
     def _watch(self, module: nn.Module, quantizers: ModuleQuantizers) -> None:
         """Takes in the quantizers of a product, of a function that was called for the first time too."""
@@ -295,7 +294,7 @@ class Recorder:
 
     def _ask(self, due: set[TelemetryRule]) -> None:
         """Has this step sampled: its times, and what these rules name."""
-        self._sample = StepSample()
+        self._sample, self._values = StepSample(), ValueSamples()
         for watched in self._watched.values():
             watched.sample, watched.statistics = None, set()
             for rule in watched.rules:
@@ -316,11 +315,16 @@ class Recorder:
     def _write_sample(self, sample: StepSample, seconds: float) -> None:
         self._stop_looking()
         self._write_between()
+        measured = self._values.measure()
         for watched in self._watched.values():
-            if watched.sample is not None:
-                state = watched.quantizer.state
-                known = {"interval": state.interval, "error": state.error}
-                self._write("sample", step=self._step, id=watched.number, **known, **watched.sample)
+            if watched.sample is None:
+                continue
+            state = watched.quantizer.state
+            found = {"interval": state.interval, "error": state.error, **watched.sample}
+            for index, name in enumerate(("snr", "histogram")):
+                if name in watched.statistics:
+                    found[name] = None if watched.place is None else measured[watched.place][index]
+            self._write("sample", step=self._step, id=watched.number, **found)
         self._write("time", step=self._step, **sample.split(seconds), macs=sample.macs)
 
     def _write_between(self) -> None:

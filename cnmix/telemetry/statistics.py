@@ -11,13 +11,8 @@ from torch import Tensor
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
 from ..kernels.profiling import Work
 
-HISTOGRAM_SAMPLE = 4096
-"""Values of a tensor that its histogram is of, at most."""
-
-# Elements whose error is summed at a time, so that the temporaries stay in the cache.
-_BLOCK = 1 << 18
-# To float32's smallest exponent, as frexp has it, makes 1.
-_OFFSET = 149
+SAMPLE_SIZE = 2048
+"""Values of a tensor that its histogram is of, and the noise of its ratio of signal to noise, at most."""
 
 
 class StepSample:
@@ -48,54 +43,70 @@ class StepSample:
         return {"seconds": seconds, **parts, "other": seconds - sum(parts.values())}
 
 
-def signal_to_noise(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> float | None:
-    """Returns ``10 log10(sum x² / sum (x - x̂)²)`` in dB; None where nothing is lost, or all is zero.
+class ValueSamples:
+    """Takes values of operands while a step runs, and measures all of them together, in few calls, behind it."""
 
-    Args:
-        x: float, of any shape, finite.
-        quantized: its integers.
-    """
-    values = x.detach()
-    # In steps of the format: squares of small gradients are too small for float32. The factor is exact.
-    integers, factor, dtype = quantized.values, 1.0, torch.float64
-    if isinstance(quantized, FixedPointBatch):  # each entry has a step of its own
-        integers = dequantize(quantized)
-    else:
-        factor = math.ldexp(1.0, -quantized.position)
-        dtype = torch.float32 if abs(quantized.position) <= 126 else torch.float64
-    order = _order(values)
-    signal = noise = 0.0
-    parts = (each.permute(order).reshape(-1).split(_BLOCK) for each in (values, integers))
-    for part, rounded in zip(*parts, strict=True):
-        scaled = part.to(dtype) * factor
-        signal += float(torch.dot(scaled, scaled))
-        scaled -= rounded.to(dtype)
-        noise += float(torch.dot(scaled, scaled))
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._rounded: list[Tensor] = []
+        self._steps: list[tuple[float, float]] = []  # of the format, inverse: for the values, and for what was rounded
+        self._signals: list[float] = []  # sum of the squares of the whole, in steps
+        self._sizes: list[int] = []
 
+    def take(self, x: Tensor, quantized: FixedPoint | FixedPointBatch, position: int) -> int:
+        """Takes at most ``SAMPLE_SIZE`` values, at equal distances in memory; returns their number for ``measure``.
 
-def exponent_histogram(x: Tensor) -> dict[str, Any]:
-    """Counts the exponents ``floor(log2 |x|)`` of at most ``HISTOGRAM_SAMPLE`` values, at equal distances in memory.
+        Args:
+            x: float, of any shape, finite, not empty.
+            quantized: its integers.
+            position: of the operand as a whole.
+        """
+        x, integers, inverse = x.detach(), quantized.values, math.ldexp(1.0, -position)
+        whole_batch = isinstance(quantized, FixedPointBatch)  # whose entries have steps of their own
+        if whole_batch:
+            integers = dequantize(quantized)
+        if x.is_contiguous():
+            x, integers = x.view(-1), integers.reshape(-1)
+        else:
+            order = sorted(range(x.dim()), key=x.stride, reverse=True)
+            x, integers = x.permute(order).reshape(-1), integers.permute(order).reshape(-1)
+        size = x.numel()
+        distance = max(1, math.ceil(size / SAMPLE_SIZE))
+        while math.gcd(distance, size) > 1:  # else it might meet the same columns again and again
+            distance += 1
+        # Else squares may be too small or too large for float32.
+        x = x.to(torch.float32 if -60 < position < 30 else torch.float64)
+        self._signals.append(torch.dot(x, x).item() * inverse * inverse)
+        self._values.append(x[::distance].to(torch.float32, copy=True))
+        self._rounded.append(integers[::distance].clone())
+        self._steps.append((inverse, inverse if whole_batch else 1.0))
+        self._sizes.append(size)
+        return len(self._sizes) - 1
 
-    Args:
-        x: float, of any shape, finite.
+    def measure(self) -> list[tuple[float | None, dict[str, Any]]]:
+        """Returns of all that was taken signal to noise and histogram.
 
-    Returns:
-        ``first``, the smallest exponent, None where all are zeros; ``counts`` from it on; and the number of ``zeros``.
-    """
-    flat = x.detach().permute(_order(x)).reshape(-1)
-    distance = max(1, math.ceil(flat.numel() / HISTOGRAM_SAMPLE))
-    while math.gcd(distance, flat.numel()) > 1:  # else it might meet the same columns again and again
-        distance += 1
-    sample = flat[::distance].to(torch.float32)
-    exponents = torch.frexp(sample).exponent.add_(_OFFSET).masked_fill_(sample == 0, 0)
-    zeros, *counts = torch.bincount(exponents).tolist()
-    first = next((index for index, count in enumerate(counts) if count), None)
-    if first is None:
-        return {"first": None, "counts": [], "zeros": zeros}
-    return {"first": first - _OFFSET, "counts": counts[first:], "zeros": zeros}
-
-
-def _order(x: Tensor) -> list[int]:
-    """Returns the dimensions in the order of memory."""
-    return sorted(range(x.dim()), key=x.stride, reverse=True)
+        The former is ``10 log10(sum x² / sum (x - x̂)²)`` in dB, whose noise is that of the sample, as many times as it
+        goes into the whole; None where nothing is lost, or all is zero. The latter has ``first``, the smallest exponent
+        ``floor(log2 |x|)``, None where all are zeros; ``counts`` of the exponents from it on; and that of ``zeros``,
+        among which are float32's subnormals.
+        """
+        if not self._values:
+            return []
+        count, lengths = len(self._sizes), torch.tensor([len(each) for each in self._values])
+        values, rows = torch.cat(self._values), torch.repeat_interleave(torch.arange(count), lengths)
+        steps = torch.tensor(self._steps, dtype=torch.float64)[rows]
+        errors = values * steps[:, 0] - torch.cat(self._rounded) * steps[:, 1]
+        noises = torch.bincount(rows, errors.square_(), count).tolist()
+        exponents = values.view(torch.int32) >> 23 & 255  # as float32 has them, with 127 added
+        table = torch.bincount(rows * 256 + exponents, minlength=count * 256).view(count, 256).tolist()
+        found = []
+        for signal, noise, size, taken, (zeros, *counts) in zip(
+            self._signals, noises, self._sizes, lengths.tolist(), table, strict=True
+        ):
+            noise *= size / taken
+            snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+            used = [index for index, number in enumerate(counts) if number]
+            first, within = (used[0] - 126, counts[used[0] : used[-1] + 1]) if used else (None, [])
+            found.append((snr, {"first": first, "counts": within, "zeros": zeros}))
+        return found
