@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .recorder import FILE, FORMAT_VERSION
-from .records import Histogram, LoggedDecision, Operand, Sample, StepTime, Stretch, Training, level_and_seed
+from .records import PARTS, Histogram, LoggedDecision, Operand, Sample, StepTime, Stretch, Training, level_and_seed
 
 METRICS_FILE = "metrics.csv"
 
@@ -103,9 +103,7 @@ class _Reader:
             else:
                 operand.nonfinite.append(int(line["step"]))
         elif kind == "time":
-            parts: dict[str, float] = {
-                name: float(line[name]) for name in ("quantize", "product", "adapt", "other") if name in line
-            }
+            parts: dict[str, float] = {name: float(line[name]) for name in PARTS if name in line}
             self.training.times.append(StepTime(line["step"], line["seconds"], parts, _macs(line.get("macs", {}))))
         elif kind == "steps":
             self.training.stretches.append(Stretch(line["first"], line["last"], line["seconds"]))
