@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .recorder import FILE, FORMAT_VERSION
 from .records import Histogram, LoggedDecision, Operand, Sample, StepTime, Stretch, Training, level_and_seed
 
-FILE = "telemetry.jsonl"
 METRICS_FILE = "metrics.csv"
-_VERSION = 1
 
 
 def find_trainings(path: Path) -> tuple[list[Training], dict[str, Training]]:
@@ -117,7 +116,7 @@ class _Reader:
 
     def _begin(self, line: dict[str, Any]) -> None:
         """Takes the line that a training starts with; of one that was resumed, what it overran is dropped."""
-        if line["version"] > _VERSION:
+        if line["version"] > FORMAT_VERSION:
             raise _NotOursError(f"it is of version {line['version']}, which a newer cnmix reads")
         training, first = self.training, line["first_step"]
         if training.header:
