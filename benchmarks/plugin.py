@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 import cnmix
 from cnmix.lightning import CnmixPlugin
 from cnmix.recipe import build_model, load_data, load_recipe
-from cnmix.training import Classification
+from cnmix.training import Training
 
 ROOT = Path(__file__).parent
 OUTPUT = ROOT / "results" / "plugin.json"
@@ -51,7 +51,7 @@ class Stopwatch(Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-class Task(Classification):
+class Task(Training):
     """The recipe's task, without logging, which the hand-written loop does not do either."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

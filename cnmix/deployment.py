@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import inference
-from .evaluation import find_checkpoints, has_integers, in_batches, restore
+from .evaluation import evaluation_batches, find_checkpoints, has_integers, restore
 from .files import replacing
 from .inference import OfflineModel
 from .recipe import build_model, load_data
+from .task import arguments
 from .torch_mlu.cards import find_card
 
 
@@ -73,9 +74,9 @@ def export_checkpoint(
     checkpoint, saved, recipe, model = _only_checkpoint(path, module)
     model = inference.load(model, saved)
     _, test = load_data(recipe)
-    inputs, _ = next(iter(in_batches(test)))
-    example = inputs[:1].expand(batch, *inputs.shape[1:]).contiguous()
-    fused = inference.fuse(model, example)
+    inputs, _ = next(iter(evaluation_batches(recipe, test)))
+    example = pytree.tree_map(lambda each: each[:1].expand(batch, *each.shape[1:]).contiguous(), arguments(inputs))
+    fused = inference.fuse(model, *example)
     target = checkpoint.with_suffix(".cambricon") if output is None else output
     metadata = {"checkpoint": checkpoint.name, "opt_level": recipe.cnmix.opt_level}
     name = recipe.model.name

@@ -9,30 +9,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import checkpoint, inference
 from .nn import quantizer_sets
 from .recipe import build_model, load_data, merge_recipe
+from .task import CLASSIFICATION, Task, arguments, batches, call, load_task
 
 MODEL_FILE = "model.pt"
 LAST_FILE = "last.ckpt"
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset[Any]) -> tuple[float, float]:
-    """Returns the share of the classes predicted correctly and their mean cross entropy, in evaluation mode."""
+def evaluate(
+    model: nn.Module, data: Dataset[Any] | DataLoader[Any], task: Task = CLASSIFICATION
+) -> tuple[float, float]:
+    """Evaluates a model, in evaluation mode.
+
+    Args:
+        model: the network.
+        data: the test data, of (inputs, targets); in batches of 500, or in those of a loader.
+        task: what is evaluated; the classification of single inputs by default.
+
+    Returns:
+        The share that the score says is right, and the mean loss. Batches weigh as many as the score counts in them, so
+        that the mean of each batch's classes becomes the mean of all.
+
+    Raises:
+        ValueError: if the score counts nothing in all of the data.
+    """
     model.eval()
-    correct, loss, count = 0, 0.0, 0
-    for inputs, targets in in_batches(data):
-        scores, classes = one_row_each(model(inputs), targets)
-        correct += int((scores.argmax(1) == classes).sum())
-        loss += float(F.cross_entropy(scores, classes, reduction="sum"))
-        count += len(classes)
-    return correct / count, loss / count
+    right, loss, count = 0, 0.0, 0
+    for inputs, targets in data if isinstance(data, DataLoader) else batches(data, 500):
+        outputs = call(model, inputs)
+        batch_right, batch_count = task.score(outputs, targets)
+        if batch_count:
+            loss += batch_count * float(task.loss(outputs, targets))
+        right, count = right + batch_right, count + batch_count
+    if not count:
+        raise ValueError("the test data has nothing that the score counts")
+    return right / count, loss / count
+
+
+def evaluation_batches(recipe: DictConfig, data: Dataset[Any]) -> DataLoader[Any]:
+    """Loads a recipe's test data, in order."""
+    return batches(data, recipe.test_batch_size, workers=recipe.workers)
 
 
 @dataclass
@@ -43,8 +66,8 @@ class Evaluation:
         file: the checkpoint.
         level: opt level that it was trained at.
         seed: of its run.
-        float_accuracy: share of the classes predicted correctly, in [0, 1].
-        float_loss: mean cross entropy.
+        float_accuracy: share that is right by the recipe's score, in [0, 1].
+        float_loss: mean loss.
         integer_accuracy: likewise with integers; None where it was not trained in fixed point.
         integer_loss: likewise.
     """
@@ -78,9 +101,11 @@ def evaluate_checkpoints(
         _, test = load_data(recipe)
         model.load_state_dict(saved["state_dict"], strict=True)
         result = {"level": recipe.cnmix.opt_level, "seed": recipe.seeds[0], **saved.get("result", {})}
-        found = Evaluation(str(file), result["level"], result["seed"], *evaluate(model, test))
+        loader, task = evaluation_batches(recipe, test), load_task(recipe)
+        found = Evaluation(str(file), result["level"], result["seed"], *evaluate(model, loader, task))
         if has_integers(saved):
-            found.integer_accuracy, found.integer_loss = evaluate(_integer_model(model, saved, test), test)
+            integers = _integer_model(model, saved, loader)
+            found.integer_accuracy, found.integer_loss = evaluate(integers, loader, task)
         yield found
 
 
@@ -128,12 +153,12 @@ def has_integers(saved: Mapping[str, Any]) -> bool:
     return any(model["modules"] for model in saved["cnmix"]["models"])
 
 
-def _integer_model(model: nn.Module, saved: Mapping[str, Any], data: Dataset[Any]) -> nn.Module:
+def _integer_model(model: nn.Module, saved: Mapping[str, Any], data: DataLoader[Any]) -> nn.Module:
     """Returns the integer model of a checkpoint, fused where all of it can be: the bits are the same."""
     model = inference.load(model, saved)
-    inputs, _ = next(iter(in_batches(data)))
+    inputs, _ = next(iter(data))
     try:
-        return inference.fuse(model, inputs)
+        return inference.fuse(model, *arguments(inputs))
     except ValueError:
         return model
 
@@ -185,22 +210,3 @@ def check_weights_fit(model: nn.Module, weights: Mapping[str, Any], file: Path) 
     different = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
     if different:
         raise ValueError(f"{file} is of another network than the recipe's: {', '.join(different[:5])} differ")
-
-
-def one_row_each(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scores (N, ..., classes) as (M, classes), and their classes (N, ...) as (M,).
-
-    Raises:
-        ValueError: if the shapes do not belong together.
-    """
-    if scores.shape[:-1] != classes.shape:
-        raise ValueError(
-            f"the network's output has shape {tuple(scores.shape)} and the classes {tuple(classes.shape)}: return "
-            "logits with the classes in the last dimension, and data with a class for each of the other places"
-        )
-    return scores.flatten(0, -2), classes.flatten()
-
-
-def in_batches(data: Dataset[Any]) -> DataLoader[Any]:
-    """Loads test data in order; from a generator of its own, since loaders draw a seed from it whenever they start."""
-    return DataLoader(data, batch_size=500, generator=torch.Generator())

@@ -1,20 +1,18 @@
 """Recipes: a model, its data and its settings in one YAML file, with overrides from the command line.
 
-A recipe names a Python file beside it, and in that file a network and a function that returns the data. Everything
-else has a place in the schema below; an unknown key is refused with the nearest known one.
+A recipe names a Python file beside it, and in that file a network, a function that returns the data and, where it does
+not classify, a loss and a score (see ``cnmix.task``). Everything else has a place in the schema below; an unknown key
+is refused with the nearest known one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from .config import QuantizeConfig, check_names
+from .recipe_code import check_arguments, getattr_or_explain, load_module
 from .rules import Rule, leave_out, parse_rules
 from .strategies import find_level
 
@@ -68,9 +67,17 @@ class Recipe:
     Attributes:
         module: Python file with the network and the data, relative to the recipe.
         model: the network: a class in that file.
-        data: the data: a function in that file that returns two map-style data sets, (train, test), of (input, class),
-            or of (input, classes) where the network classifies several positions of an input.
+        data: the data: a function in that file that returns two map-style data sets, (train, test), of (inputs,
+            targets). Inputs are a tensor, or a tuple of what the network is called with. Targets are what loss and
+            score take; without these, a class, or classes where the network classifies several positions of an input.
+            A data set with a method ``collate(samples)`` puts its batches together itself.
+        loss: a function in that file: ``loss(outputs, targets)`` returns a scalar tensor, the mean over a batch. None:
+            cross entropy of classes.
+        score: a function in that file: ``score(outputs, targets)`` returns two integers, how many are right, and of how
+            many. None: of classes.
         batch_size: samples in a training step.
+        test_batch_size: samples in a step of evaluation.
+        workers: processes that load training data, and test data; 0 is the training's own.
         epochs: passes over the training data.
         optimizer: a class of ``torch.optim``.
         scheduler: a class of ``torch.optim.lr_scheduler``, stepped once an epoch; none by default.
@@ -78,12 +85,18 @@ class Recipe:
         threads: threads of torch; torch's own choice where null.
         cnmix: how it computes.
         output: folder in which runs are kept, as ``output/<recipe>/<time>``.
+        tiny: keys of a recipe that ``load_recipe`` puts over the others where it is asked to, or leaves out: empty in
+            what it returns. One that gives a ``name`` takes the arguments beside it alone.
     """
 
     module: str = MISSING
     model: Call = field(default_factory=Call)
     data: Call = field(default_factory=Call)
+    loss: OptionalCall = field(default_factory=OptionalCall)
+    score: OptionalCall = field(default_factory=OptionalCall)
     batch_size: int = 64
+    test_batch_size: int = 500
+    workers: int = 0
     epochs: int = MISSING
     optimizer: Call = field(default_factory=Call)
     scheduler: OptionalCall = field(default_factory=OptionalCall)
@@ -91,21 +104,24 @@ class Recipe:
     threads: int | None = None
     cnmix: FixedPointSection = field(default_factory=FixedPointSection)  # type: ignore[valid-type]
     output: str = "runs"
+    tiny: dict[str, Any] = field(default_factory=dict)
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, tiny: bool = False) -> DictConfig:
     """Reads a recipe, applies overrides and checks every name and value.
 
     Args:
         path: the YAML file.
         overrides: ``key=value`` with dots between the keys, for example ``optimizer.args.lr=0.1``.
+        tiny: put the recipe's ``tiny`` settings over the others, below the overrides. They are checked in any case.
 
     Returns:
         The resolved recipe, read-only; ``module`` is an absolute path.
 
     Raises:
         FileNotFoundError: if the recipe or the Python file that it names is missing.
-        ValueError: for an unknown key (with the nearest known one), a value of the wrong type, or a missing one.
+        ValueError: for an unknown key (with the nearest known one), a value of the wrong type, or a missing one; if it
+            has no tiny settings and these are asked for.
     """
     file = Path(path)
     for override in overrides:
@@ -117,7 +133,34 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OmegaConfBaseException, TypeError) as error:
         reason, key = str(error).splitlines()[0], getattr(error, "full_key", None)
         raise ValueError(f"the overrides contradict each other: {reason}: {key}") from error
-    return merge_recipe(given, changes, where=str(file), folder=file.parent)
+    small = _take_tiny(given, str(file))
+    if tiny and not small:
+        raise ValueError(f"{file} has no tiny settings")
+    return merge_recipe(small if tiny else given, changes, where=str(file), folder=file.parent)
+
+
+def _take_tiny(given: Any, where: str) -> DictConfig | None:
+    """Takes the tiny settings out of a recipe; returns them over it, checked, or None where it has none."""
+    if not isinstance(given, DictConfig) or "tiny" not in given:  # what is no mapping is refused by merge_recipe
+        return None
+    tiny = given._get_node("tiny")
+    given.pop("tiny")
+    if not isinstance(tiny, DictConfig):
+        raise ValueError(f"{where}: tiny must be a mapping of recipe keys, got {tiny!s}")
+    if not tiny:
+        return None
+    with _explaining(f"{where}: tiny"):
+        if "tiny" in tiny:
+            raise ValueError("has tiny settings of its own")
+        entries = tiny.items_ex(resolve=False)
+        named = [key for key, value in entries if isinstance(value, DictConfig) and "name" in value]
+        small = OmegaConf.create({key: value for key, value in given.items_ex(resolve=False) if key not in named})
+        small.merge_with(tiny)
+        recipe = _merge([small])
+        if not OmegaConf.missing_keys(recipe):  # else the command line has to say more, and is checked with the rest
+            OmegaConf.resolve(recipe)
+            _check_values(recipe)
+    return small
 
 
 def merge_recipe(*sources: Any, where: str, folder: Path) -> DictConfig:
@@ -140,6 +183,8 @@ def merge_recipe(*sources: Any, where: str, folder: Path) -> DictConfig:
         missing = sorted(OmegaConf.missing_keys(recipe))
         if missing:
             raise ValueError(f"lacks {', '.join(missing)}")
+        if recipe.tiny:
+            raise ValueError("tiny stands in a recipe's file: beside --tiny give the keys themselves")
         _check_values(recipe)
     recipe.module = str((folder / recipe.module).resolve())
     OmegaConf.set_readonly(recipe, True)
@@ -210,9 +255,9 @@ def _check_values(recipe: DictConfig) -> None:
     for seed in recipe.seeds:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seeds must lie in [0, 2**63), got {seed}")
-    for name in ("batch_size", "epochs", "threads"):
-        if recipe[name] is not None and recipe[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {recipe[name]}")
+    for name, least in {"batch_size": 1, "test_batch_size": 1, "workers": 0, "epochs": 1, "threads": 1}.items():
+        if recipe[name] is not None and recipe[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {recipe[name]}")
     _check_level(recipe, recipe.cnmix.opt_level)
 
 
@@ -270,67 +315,24 @@ def recipe_rules(recipe: DictConfig) -> tuple[Rule, ...]:
 
 def build_model(recipe: DictConfig) -> nn.Module:
     """Builds the recipe's network, float32, with weights from torch's random state."""
-    return _call(getattr_or_explain(load_module(recipe.module), recipe.model.name), recipe.model.args, "model.args")
+    make = getattr_or_explain(load_module(recipe.module), recipe.model.name)
+    return make(**check_arguments(make, recipe.model.args, "model.args"))
 
 
 def load_data(recipe: DictConfig) -> tuple[Dataset[Any], Dataset[Any]]:
     """Loads the recipe's training and test data."""
-    return _call(getattr_or_explain(load_module(recipe.module), recipe.data.name), recipe.data.args, "data.args")
+    make = getattr_or_explain(load_module(recipe.module), recipe.data.name)
+    return make(**check_arguments(make, recipe.data.args, "data.args"))
 
 
 def build_optimizer(recipe: DictConfig, parameters: Any) -> tuple[Optimizer, LRScheduler | None]:
     """Builds the recipe's optimizer, and its scheduler where it has one."""
     make = getattr_or_explain(torch.optim, recipe.optimizer.name)
-    optimizer = _call(make, recipe.optimizer.args, "optimizer.args", parameters)
+    optimizer = make(parameters, **check_arguments(make, recipe.optimizer.args, "optimizer.args", given=1))
     if recipe.scheduler.name is None:
         return optimizer, None
     make = getattr_or_explain(torch.optim.lr_scheduler, recipe.scheduler.name)
-    return optimizer, _call(make, recipe.scheduler.args, "scheduler.args", optimizer)
-
-
-# What the Python files of recipes are imported as.
-_RECIPE_MODULE = "cnmix_recipe_"
-
-
-def load_module(path: str) -> ModuleType:
-    """Imports a Python file by its path.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"the recipe's module {path} is missing (`cnmix eval` takes --module where it has moved)"
-        )
-    spec = importlib.util.spec_from_file_location(f"{_RECIPE_MODULE}{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"the recipe's module {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def getattr_or_explain(module: ModuleType, name: str) -> Callable[..., Any]:
-    """Returns a public name of a module; raises ValueError with the nearest one where there is none."""
-    where = (
-        f"{module.__name__.removeprefix(_RECIPE_MODULE)}.py" if _RECIPE_MODULE in module.__name__ else module.__name__
-    )
-    public = [
-        each
-        for each, value in vars(module).items()
-        if not each.startswith("_") and getattr(value, "__module__", "").startswith(module.__name__)
-    ]
-    check_names([name], public, f"name in {where}")
-    return getattr(module, name)
-
-
-def _call(make: Callable[..., Any], args: Mapping[str, Any], where: str, *first: Any) -> Any:
-    plain = OmegaConf.to_container(args) if isinstance(args, DictConfig) else dict(args)
-    parameters = inspect.signature(make).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        names = [parameter.name for parameter in parameters][len(first) :]
-        check_names(plain, names, f"argument of {make.__name__} in {where}:")  # type: ignore[arg-type]
-    return make(*first, **plain)  # type: ignore[arg-type]
+    return optimizer, make(optimizer, **check_arguments(make, recipe.scheduler.args, "scheduler.args", given=1))
 
 
 def _check_keys(schema: DictConfig, given: DictConfig, prefix: str) -> None:

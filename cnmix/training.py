@@ -17,17 +17,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from . import checkpoint
 from .config import OperandConfigs
-from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, in_batches, one_row_each, read_checkpoint
+from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, evaluation_batches, read_checkpoint
 from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar
 from .nn.callers import is_caller
 from .nn.module_state import check_widths
@@ -41,6 +40,7 @@ from .recipe import (
 )
 from .state import check_names_fit
 from .strategies import find_level
+from .task import arguments, batches, call, load_task
 
 
 @dataclass
@@ -50,8 +50,10 @@ class RunResult:
     Attributes:
         level: opt level.
         seed: seed of the weights, the order of the data and dropout.
-        test_accuracy: share of the classes of the test data predicted correctly at the end, in [0, 1].
-        test_loss: mean cross entropy of those classes at the end, in nats; None where it is not finite.
+        test_accuracy: share of the test data that is right at the end by the recipe's score, of its classes by default,
+            in [0, 1].
+        test_loss: mean loss on the test data at the end, by default the cross entropy of the classes in nats; None
+            where it is not finite.
         seconds: wall time of training, evaluation after each epoch included.
         folder: where its metrics and checkpoints are.
     """
@@ -64,13 +66,12 @@ class RunResult:
     folder: str
 
 
-class Classification(pl.LightningModule):
-    """Trains a classifier with cross entropy.
+class Training(pl.LightningModule):
+    """Trains a recipe's network.
 
     Args:
-        model: maps a batch of inputs to logits or log-probabilities, (N, classes) for targets (N,), or with further
-            dimensions, such as positions, between the two: (N, ..., classes) for targets (N, ...).
-        recipe: optimizer and schedule come from here.
+        model: the network.
+        recipe: loss, score, optimizer and schedule come from here.
         level: opt level of this run, kept in the checkpoint.
         seed: likewise.
     """
@@ -79,24 +80,25 @@ class Classification(pl.LightningModule):
         super().__init__()
         self.model = model
         self.recipe = recipe
+        self.task = load_task(recipe)
         self._random_state: Tensor | None = None
         self.save_hyperparameters({"recipe": OmegaConf.to_container(recipe), "level": level, "seed": seed})
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, Any], batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
         inputs, targets = batch
-        scores, classes = one_row_each(self.model(inputs), targets)
-        loss = F.cross_entropy(scores, classes)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(classes))
+        loss = self.task.loss(call(self.model, inputs), targets)
+        samples = len(arguments(inputs)[0])
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=samples)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Any, Any], batch_idx: int) -> None:
         """Logs loss and accuracy on the test data."""
         inputs, targets = batch
-        scores, classes = one_row_each(self.model(inputs), targets)
-        accuracy = (scores.argmax(1) == classes).float().mean()
-        values = {"test_loss": F.cross_entropy(scores, classes), "test_accuracy": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(classes))
+        outputs = call(self.model, inputs)
+        right, count = self.task.score(outputs, targets)
+        values: dict[str, Any] = {"test_loss": self.task.loss(outputs, targets), "test_accuracy": right / max(count, 1)}
+        self.log_dict(values, prog_bar=True, batch_size=count)
 
     def configure_optimizers(self) -> Any:
         """Builds what the recipe names."""
@@ -153,6 +155,7 @@ def run_recipe(
     chosen = choose_levels(recipe, compare, levels)
     model = build_model(recipe)
     build_optimizer(recipe, model.parameters())
+    load_task(recipe)
     modules = [_modules_to_convert(recipe, model, level) for level in chosen]
     if resume is not None:
         if levels or len(chosen) * len(recipe.seeds) > 1:
@@ -195,8 +198,8 @@ def train(
 ) -> tuple[RunResult, nn.Module]:
     """Trains the recipe's model once; returns the result and the trained model."""
     torch.manual_seed(seed)
-    task = Classification(build_model(recipe), recipe, level, seed)
-    # The recipe names modules of the network, which is `model` in the task.
+    training = Training(build_model(recipe), recipe, level, seed)
+    # The recipe names modules of the network, which is `model` in there.
     rules = [rule.under("model.") for rule in recipe_rules(recipe)]
     if find_level(level).quantizes:
         plugin = CnmixPlugin(
@@ -208,9 +211,8 @@ def train(
     else:  # the baseline, which the recipe's settings are not for
         plugin = CnmixPlugin(level)
     shuffled = DistributedSampler(data[0], num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[var-annotated]
-    # Loaders draw a seed whenever they start; from a generator of their own, that leaves dropout's random state alone.
-    loader = DataLoader(data[0], recipe.batch_size, sampler=shuffled, generator=torch.Generator().manual_seed(seed))
-    test_loader = in_batches(data[1])
+    loader = batches(data[0], recipe.batch_size, sampler=shuffled, workers=recipe.workers, seed=seed)
+    test_loader = evaluation_batches(recipe, data[1])
     keep_last = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     bar = [CnmixProgressBar()] if progress else []
     started = time.perf_counter()
@@ -231,15 +233,15 @@ def train(
         if resume is not None and "weights_only" in inspect.signature(trainer.fit).parameters:  # Lightning 2.6
             options["weights_only"] = True
         try:
-            trainer.fit(task, loader, test_loader, **options)
+            trainer.fit(training, loader, test_loader, **options)
         except SystemExit:  # what Lightning makes of an interrupt
             raise KeyboardInterrupt from None
     seconds = time.perf_counter() - started
-    accuracy, loss = evaluate(task.model, data[1])
+    accuracy, loss = evaluate(training.model, test_loader, training.task)
     result = RunResult(level, seed, accuracy, loss if math.isfinite(loss) else None, seconds, str(folder))
     recorded = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
-    checkpoint.save(folder / MODEL_FILE, task.model, **recorded)
-    return result, task.model
+    checkpoint.save(folder / MODEL_FILE, training.model, **recorded)
+    return result, training.model
 
 
 def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> Mapping[str, OperandConfigs]:

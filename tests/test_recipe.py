@@ -228,3 +228,64 @@ def test_rules():
 def test_wrong_rules(rules, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(DIGITS, [f"cnmix.rules={rules}"])
+
+
+TINY = {
+    **MINIMAL,
+    "model": {"name": "Net", "args": {"width": 7}},
+    "data": {"name": "load", "args": {"count": 9}},
+    "scheduler": {"name": "CosineAnnealingLR", "args": {"T_max": "${epochs}"}},
+    "epochs": 50,
+    "tiny": {"epochs": 3, "model": {"args": {"width": 4}}, "optimizer": {"name": "AdamW"}},
+}
+
+
+def test_tiny(write):
+    full, tiny = load_recipe(write(TINY)), load_recipe(write(TINY), tiny=True)
+    assert (full.epochs, full.model.args.width, full.optimizer.name, full.optimizer.args.lr) == (50, 7, "SGD", 0.1)
+    assert (tiny.epochs, tiny.model.args.width, tiny.scheduler.args.T_max) == (3, 4, 3)
+    assert (tiny.optimizer.name, dict(tiny.optimizer.args)) == ("AdamW", {})  # a name takes its own arguments alone
+    assert tiny.data == full.data
+    assert full.tiny == tiny.tiny == {}
+    assert load_recipe(write(TINY), ["epochs=4"], tiny=True).scheduler.args.T_max == 4
+
+
+def test_tiny_that_there_is_not(write):
+    with pytest.raises(ValueError, match=r"own.yaml has no tiny settings"):
+        load_recipe(write(MINIMAL), tiny=True)
+    with pytest.raises(ValueError, match="beside --tiny give the keys themselves"):
+        load_recipe(write(TINY), ["tiny.epochs=2"])
+
+
+@pytest.mark.parametrize(
+    ("tiny", "message"),
+    [
+        ({"epoch": 1}, "own.yaml: tiny: unknown recipe key 'epoch': did you mean 'epochs'"),
+        ({"epochs": 0}, "own.yaml: tiny: epochs must be at least 1, got 0"),
+        ({"epochs": "x"}, "own.yaml: tiny: epochs: .*'x'"),
+        ({"optimizer": {"arg": {}}}, "tiny: unknown recipe key under optimizer. 'arg'"),
+        ({"cnmix": {"bitwidth": 9}}, "tiny: bitwidth must be one of 8, 16, 31"),
+        ({"cnmix": {"rules": [{"module": "x"}]}}, "tiny: unknown name in a rule: 'module': did you mean 'modules'"),
+        ({"tiny": {}}, "tiny: has tiny settings of its own"),
+        ({"epochs": "${nothing}"}, "tiny: epochs: .*nothing"),
+        (3, "tiny must be a mapping of recipe keys, got 3"),
+        (None, "tiny must be a mapping of recipe keys, got None"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_tiny_is_checked_whether_it_is_wanted_or_not(write, tiny, message, wanted):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(write({**TINY, "tiny": tiny}), tiny=wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_tiny_leaves_to_the_command_line(write):
+    lacking = {key: value for key, value in TINY.items() if key != "optimizer"}
+    lacking["tiny"] = {"batch_size": 2}
+    assert load_recipe(write(lacking), ["optimizer.name=SGD"], tiny=True).batch_size == 2
+
+
+@pytest.mark.parametrize("override", ["workers=-1", "test_batch_size=0"])
+def test_loading_settings(write, override):
+    with pytest.raises(ValueError, match="must be at least"):
+        load_recipe(write(MINIMAL), [override])

@@ -24,6 +24,7 @@ def train(
     levels: Annotated[
         str | None, typer.Option(help="Levels to train at, as O0,O1,O2,O3, in place of the recipe's own.")
     ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With the recipe's tiny settings and data.")] = False,
     resume: Annotated[Path | None, typer.Option(help="A run's last.ckpt to go on from.")] = None,
 ) -> None:
     """Train a recipe; leaves runs/<recipe>/<time>/ with its settings, metrics and checkpoints."""
@@ -32,7 +33,7 @@ def train(
     from ..strategies import find_level
     from ..training import run_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], tiny=tiny)
     folder, results, model = run_recipe(
         loaded,
         recipe.stem,
