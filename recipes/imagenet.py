@@ -99,9 +99,12 @@ class VGG(nn.Module):
         parts: output channels of the 3x3 convolutions between two poolings.
         num_classes: features of the answer.
         features: of the two hidden layers behind the convolutions.
+        dropout: share of these zeroed in training.
     """
 
-    def __init__(self, parts: tuple[tuple[int, ...], ...], num_classes: int, features: int = 4096) -> None:
+    def __init__(
+        self, parts: tuple[tuple[int, ...], ...], num_classes: int, features: int = 4096, dropout: float = 0.5
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels_in = 3
@@ -115,10 +118,10 @@ class VGG(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(49 * channels_in, features),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
+            nn.Dropout(dropout),
             nn.Linear(features, features),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
+            nn.Dropout(dropout),
             nn.Linear(features, num_classes),
         )
         for module in self.modules():
@@ -126,7 +129,7 @@ class VGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.normal_(module.weight, 0, 0.01 * math.sqrt(4096 / features))  # as published at 4096
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,12 +152,13 @@ def resnet50(num_classes: int = 1000, width: int = 64) -> ResNet:
     return ResNet((3, 4, 6, 3), num_classes, width)
 
 
-def vgg19(num_classes: int = 1000, width: int = 64) -> VGG:
+def vgg19(num_classes: int = 1000, width: int = 64, dropout: float = 0.5) -> VGG:
     """Returns VGG-19; the weights follow torch's global seed.
 
     Args:
         num_classes: features of the answer.
         width: as for ``resnet50``; the hidden layers, 4096 wide at 64, too.
+        dropout: share of the hidden layers' features zeroed in training.
 
     Raises:
         ValueError: for a width below 1.
@@ -162,7 +166,7 @@ def vgg19(num_classes: int = 1000, width: int = 64) -> VGG:
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     parts = tuple(tuple(channels * width // 64 for channels in part) for part in VGG19)
-    return VGG(parts, num_classes, 64 * width)
+    return VGG(parts, num_classes, 64 * width, dropout)
 
 
 def images(
@@ -304,38 +308,25 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def load(
-    folder: str | os.PathLike[str] | None,
-    side: int = SIDE,
-    classes: int = 1000,
-    train_images: int = 2000,
-    test_images: int = 2000,
-    noise: float = 0.3,
-) -> tuple[Dataset[tuple[Tensor, int]], Dataset[tuple[Tensor, int]]]:
+    folder: str | os.PathLike[str], side: int = SIDE, classes: int = 1000
+) -> tuple[ImageFolder, ImageFolder]:
     """Returns the images of training and of the test.
 
     Args:
         folder: has ``train/<class>/x.jpg`` and ``val/<class>/x.jpg``, with the same classes; ``~`` is the home folder.
-            None: images are drawn.
         side: height and width in pixels.
         classes: how many the network tells apart.
-        train_images: how many are drawn for training.
-        test_images: for the test.
-        noise: of drawn images, as ``images`` takes it.
 
     Raises:
         FileNotFoundError: if images are missing; the message says where they belong.
         ValueError: if the folders have other classes than each other, or another number of them than ``classes``.
     """
-    if folder is None:
-        drawn = ((train_images, 1), (test_images, 2))
-        train, test = (TensorDataset(*images(count, seed, side, classes, noise)) for count, seed in drawn)
-        return train, test
-    root = Path(folder).expanduser()
+    root = Path(folder).expanduser().absolute()
     try:
         read = ImageFolder(root / "train", side, augment=True), ImageFolder(root / "val", side, augment=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. Put the images into {root.absolute()}, as train/<class>/x.jpg and val/<class>/x.jpg, or name "
+            f"{error}. Put the images into {root}, as train/<class>/x.jpg and val/<class>/x.jpg, or name "
             "their folder with data.args.folder=; nothing is downloaded"
         ) from None
     train_names, test_names = ({each.name for each in (root / part).iterdir() if each.is_dir()} for part in PARTS)
@@ -348,3 +339,12 @@ def load(
             f"model.args.num_classes={len(train_names)}"
         )
     return read
+
+
+def drawn(
+    train_images: int, test_images: int, side: int = 32, classes: int = CLASSES, noise: float = 0.3
+) -> tuple[TensorDataset, TensorDataset]:
+    """Draws images for training and others for the test; ``side``, ``classes`` and ``noise`` as ``images`` takes them."""
+    parts = ((train_images, 1), (test_images, 2))
+    train, test = (TensorDataset(*images(count, seed, side, classes, noise)) for count, seed in parts)
+    return train, test
