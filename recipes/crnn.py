@@ -132,8 +132,9 @@ class Lmdb:
         import lmdb
 
         self.folder = folder
-        self._process = -1
         try:
+            # Without locks it is a file in memory, which the processes that a loader forks may go on reading.
+            self._reading = lmdb.open(str(folder), readonly=True, lock=False, readahead=False).begin()
             self._count = int(self._read("num-samples"))
         except (lmdb.Error, ValueError) as error:
             raise ValueError(f"{folder / 'data.mdb'} is no LMDB of word images: {error}") from error
@@ -151,11 +152,6 @@ class Lmdb:
         return self._read(f"image-{index + 1:09d}")
 
     def _read(self, key: str) -> bytes:
-        if self._process != os.getpid():  # what is open must not be used behind a fork
-            import lmdb
-
-            self._reading = lmdb.open(str(self.folder), readonly=True, lock=False, readahead=False).begin()
-            self._process = os.getpid()
         value = self._reading.get(key.encode())
         if value is None:
             raise ValueError(f"{self.folder / 'data.mdb'} has no {key}")
@@ -321,7 +317,7 @@ def _draw(
         ImageDraw.Draw(image).text((margins[0] - left, margins[2] - top), word, 255, font)
         image = image.rotate(generator.uniform(-4, 4), Image.Resampling.BILINEAR)
         ink = np.array(image.resize((width, HEIGHT), Image.Resampling.BILINEAR)) / 255
-        ground, contrast = generator.uniform(0.4, 0.6), generator.uniform(0.2, 0.4) * generator.choice([-1, 1])
+        ground, contrast = generator.uniform(0.4, 0.6), generator.uniform(0.3, 0.5) * generator.choice([-1, 1])
         pixels = ground + contrast * ink + noise * generator.standard_normal(ink.shape)
         images.append(torch.from_numpy(255 * pixels.clip(0, 1)))
         targets.append(encode(word, longest, alphabet))

@@ -38,6 +38,11 @@ def imagenet() -> ModuleType:
     return load_recipe("imagenet")
 
 
+@pytest.fixture(scope="session")
+def crnn() -> ModuleType:
+    return load_recipe("crnn")
+
+
 @contextlib.contextmanager
 def importing(folder: Path) -> Iterator[None]:
     """Lets scripts import the files beside them by their plain names, which others may have too."""
