@@ -67,7 +67,9 @@ class Case:
         """Makes the checkpoint where there is none."""
         if not self.checkpoint.exists():
             torch.manual_seed(0)
-            imagenet_checkpoint.make_checkpoint(self.checkpoint, self.plain(), batch_size=BATCHES_OF_TRAINING[self.network])
+            imagenet_checkpoint.make_checkpoint(
+                self.checkpoint, self.plain(), batch_size=BATCHES_OF_TRAINING[self.network]
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What training in fixed point does to accuracy: every recipe's tiny setting at O1 and in float32, over seeds.
 
-``python benchmarks/recipes_accuracy.py`` runs what the JSON file lacks, each run in a process of its own, and goes on where it was
-stopped. ``--page docs/accuracy.md`` writes the table into the page that says what came of it.
+``python benchmarks/recipes_accuracy.py`` runs what the JSON file lacks, each run in a process of its own, and goes on
+where it was stopped. ``--page docs/accuracy.md`` writes the table into the page that says what came of it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def fingerprint(name: str) -> str:
     if name == "yolov3":
         text = " ".join(YOLOV3) + (RECIPES / "yolov3" / "shapes.yaml").read_text()
     else:
-        from cnmix.recipe import load_recipe
         from omegaconf import OmegaConf
+
+        from cnmix.recipe import load_recipe
 
         recipe = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny=bool(settings_of(name))))
         text = json.dumps({key: value for key, value in recipe.items() if key not in ("module", "output", "seeds")})
@@ -140,9 +141,9 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
         least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
         lines += [
             "",
-            f"Over the {len(means)} recipes the change of the mean score is {statistics.mean(means.values()):+.2f} points on average, "
-            f"from {means[least]:+.2f} ({least}) to {means[most]:+.2f} ({most}); of the {len(single)} pairs of single runs, "
-            f"from {min(single):+.2f} to {max(single):+.2f}.",
+            f"Over the {len(means)} recipes the change of the mean score is {statistics.mean(means.values()):+.2f} "
+            f"points on average, from {means[least]:+.2f} ({least}) to {means[most]:+.2f} ({most}); of the {len(single)} "
+            f"pairs of single runs, from {min(single):+.2f} to {max(single):+.2f}.",
         ]
     return "\n".join(lines)
 

@@ -307,9 +307,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return read_image(file, self.side, self.augment), target
 
 
-def load(
-    folder: str | os.PathLike[str], side: int = SIDE, classes: int = 1000
-) -> tuple[ImageFolder, ImageFolder]:
+def load(folder: str | os.PathLike[str], side: int = SIDE, classes: int = 1000) -> tuple[ImageFolder, ImageFolder]:
     """Returns the images of training and of the test.
 
     Args:
@@ -344,7 +342,7 @@ def load(
 def drawn(
     train_images: int, test_images: int, side: int = 32, classes: int = CLASSES, noise: float = 0.3
 ) -> tuple[TensorDataset, TensorDataset]:
-    """Draws images for training and others for the test; ``side``, ``classes`` and ``noise`` as ``images`` takes them."""
+    """Draws images for training and others for the test; the other arguments are those of ``images``."""
     parts = ((train_images, 1), (test_images, 2))
     train, test = (TensorDataset(*images(count, seed, side, classes, noise)) for count, seed in parts)
     return train, test

@@ -7,8 +7,7 @@ import pytest
 
 from cnmix.benchmark import MetricCollector, collector
 
-KEYS = """date net batch_size cards precision DPF_mode batch_time_avg batch_time_var hardware_time_avg hardware_time_var
-throughput device dataset""".split()
+KEYS = ["date", "net", "batch_size", "cards", "precision", "DPF_mode", "batch_time_avg", "batch_time_var", "hardware_time_avg", "hardware_time_var", "throughput", "device", "dataset"]
 NAMES = ("BENCHMARK_LOG", "AVG_LOG", "DATASET_NAME", "MLU_ADAPTIVE_STRATEGY_COUNT", "CATCH_MODEL_TOTAL_ITERS")
 
 

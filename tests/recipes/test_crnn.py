@@ -1,7 +1,6 @@
 import io
 
 import lmdb
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -151,7 +150,7 @@ class TestMalformed:
 
     def test_no_lmdb(self, crnn, tmp_path):
         (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
-        with pytest.raises(ValueError, match="data.mdb is no LMDB of word images"):
+        with pytest.raises(ValueError, match=r"data\.mdb is no LMDB of word images"):
             crnn.WordImages(tmp_path, 40, 4, "cat")
 
     @pytest.mark.parametrize(

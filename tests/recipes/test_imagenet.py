@@ -70,7 +70,12 @@ def test_published_weights_at_the_start(imagenet):
 
 def test_drawn(imagenet):
     train, test = imagenet.drawn(30, 20, side=16, noise=1.0)
-    assert [tuple(each.shape) for each in (*train.tensors, *test.tensors)] == [(30, 3, 16, 16), (30,), (20, 3, 16, 16), (20,)]
+    assert [tuple(each.shape) for each in (*train.tensors, *test.tensors)] == [
+        (30, 3, 16, 16),
+        (30,),
+        (20, 3, 16, 16),
+        (20,),
+    ]
     assert not torch.equal(train.tensors[0][:20], test.tensors[0])
     assert torch.equal(imagenet.drawn(30, 20, side=16, noise=1.0)[0].tensors[0], train.tensors[0])
 
@@ -155,5 +160,5 @@ class TestLoad:
         file = folder / "train" / "cat" / "0.png"
         file.write_bytes(b"no image")
         train, _ = imagenet.load(folder, side=32, classes=2)
-        with pytest.raises(ValueError, match="0.png is damaged, or no image"):
+        with pytest.raises(ValueError, match=r"0\.png is damaged, or no image"):
             train[0]
