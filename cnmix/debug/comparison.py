@@ -150,8 +150,8 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
 
     Afterwards the model, its gradients, buffers, quantizers and torch's random numbers are what they were. It takes the
     memory of two training steps, and of a float32 copy of every product's operands, results and gradients: choose a
-    small batch. Where several processes train the model, one may call it alone: it decides by its own batch, outside of
-    DistributedDataParallel.
+    small batch. Where several processes train the model, one may call it alone, between two training steps: it decides
+    by its own batch, outside of DistributedDataParallel.
 
     Args:
         model: initialized with ``cnmix.initialize``; it runs in the mode that it is in.

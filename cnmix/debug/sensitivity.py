@@ -89,7 +89,8 @@ class Sensitivity:
             The rules, what the step's error was and is, and what they cost. The model is not changed.
 
         Raises:
-            ValueError: for an ``error`` that is no positive number, and without one where the step has none to halve.
+            ValueError: for an ``error`` that is no positive number, and without one where the step has none to halve; if
+                the model was trained since.
         """
         if error is not None and not (isinstance(error, (int, float)) and 0 < error < math.inf):
             raise ValueError(f"error must be a positive number, such as 0.01 for 1 %, got {error!r}")
@@ -98,6 +99,7 @@ class Sensitivity:
                 "the error of the step is infinite or NaN, and has no half: give error=0.01, say, or find what is not "
                 "finite with cnmix.debug.detect_nonfinite"
             )
+        self._measure.check_model()
         wanted = self.error / 2 if error is None else error
         left = [each for each in self.effects if each.error > 0 and each.bits < BITS[-1]]
         chosen: dict[tuple[str, str], Width] = {}
@@ -179,7 +181,16 @@ class _Measure:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
+        self._versions = self._present_versions()
         self._float, _ = self.rounding(lambda fqn, operand: False)
+
+    def _present_versions(self) -> list[int]:
+        return [each._version for each in self._steps.model.parameters()]
+
+    def check_model(self) -> None:
+        """Raises ValueError if the parameters are others than they were."""
+        if self._present_versions() != self._versions:
+            raise ValueError("the model was trained since: call cnmix.debug.sensitivity again")
 
     def rounding(
         self, rounds: Callable[[str, str], bool], wider: Mapping[tuple[str, str], Width] | None = None

@@ -174,6 +174,14 @@ def test_mistakes_are_named():
     cnmix.initialize(layers, None, "O1")
     with pytest.raises(ValueError, match="nothing in '1' computes in fixed point, as it does in '0', '2'"):
         cnmix.debug.sensitivity(layers, random(2, 4), modules=["0", "1"])
+    report = cnmix.debug.sensitivity(layers, random(2, 4))
+    assert len(report.suggest().mappings) > 0
+    torch.optim.SGD(layers.parameters(), 0.1).step()
+    assert len(report.suggest().mappings) > 0
+    layers(random(2, 4)).sum().backward()
+    torch.optim.SGD(layers.parameters(), 0.1).step()
+    with pytest.raises(ValueError, match=r"trained since: call cnmix\.debug\.sensitivity again"):
+        report.suggest()
     report = cnmix.debug.sensitivity(layers, random(2, 4) * float("nan"))
     with pytest.raises(ValueError, match="infinite or NaN, and has no half"):
         report.suggest()
