@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from .nn import quantizers_of
 from .nn.function_calls import function_products, set_function_products
 from .nn.places import ATTRIBUTES, detach
+from .nn.ranks import Ranks
 from .registry import unwrap
 
 
@@ -24,7 +25,8 @@ def trial(model: nn.Module) -> Iterator[None]:
     """Runs what is within on the model as it is, eagerly, and puts back what it changed.
 
     Put back are parameters' gradients, buffers, quantizers and torch's random numbers; parameters are taken not to
-    change. What functions multiply in compiled modules is float, as it is where these are compiled.
+    change. What functions multiply in compiled modules is float, as it is where these are compiled. Where several
+    processes train the model, this one decides alone, and the others need not take part.
 
     Args:
         model: as it is called, so perhaps wrapped by ``torch.compile`` or DistributedDataParallel.
@@ -89,6 +91,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
+def _ranks_of(module: nn.Module) -> Iterator[Ranks]:
+    """Yields those that the products of this very module know, of functions that are still to be called too."""
+    yield from (quantizers.ranks for _, quantizers in quantizers_of(module))
+    products = function_products(module)
+    if products is not None:
+        yield products.ranks
+
+
 @contextmanager
 def _functions_in_float(modules: set[nn.Module]) -> Iterator[None]:
     """Has the functions that these modules call multiply in float, as they do where they are compiled."""
@@ -121,6 +131,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             copies = copy.deepcopy([originals for _, originals in quantizers])  # together, for what they share
             for (module, _), own in zip(quantizers, copies, strict=True):
                 vars(module).update(own)
+                for ranks in _ranks_of(module):
+                    ranks.stay_alone()
             for parameter in parameters:
                 parameter.grad = None
             for each, _ in hooks:

@@ -99,12 +99,12 @@ def run_benchmark(
         ValueError: for an unknown level, one that stands there twice or cannot take the recipe's settings, or where
             there is not a sample for each process.
     """
-    _check(recipe, levels, devices)
+    data = _check(recipe, levels, devices)
     with tempfile.TemporaryDirectory() as folder, _variable(STRATEGY_COUNT, f"{plan.skipped}"):
         plain: Any = OmegaConf.to_container(recipe)  # which another process can take
         job = _Job(plain, tuple(levels), plan, devices, folder, report)
         if devices == 1:
-            job(0)
+            job(0, data)
         else:
             multiprocessing.spawn(job, nprocs=devices)
         report("estimating what a step takes on the cards")
@@ -137,7 +137,7 @@ class _Job:
     folder: str
     report: Callable[[str], None]
 
-    def __call__(self, rank: int) -> None:
+    def __call__(self, rank: int, data: Dataset[Any] | None = None) -> None:
         recipe = OmegaConf.create(self.recipe)
         threads = torch.get_num_threads()
         torch.set_num_threads(recipe.threads or max(1, threads // self.devices))
@@ -145,7 +145,7 @@ class _Job:
             place = f"file://{self.folder}/processes"
             dist.init_process_group("gloo", init_method=place, rank=rank, world_size=self.devices)
         try:
-            data = load_data(recipe)[0]
+            data = load_data(recipe)[0] if data is None else data
             for level in self.levels:
                 timer, model = time_level(recipe, level, data, self.plan, rank, self.devices)
                 if rank == 0:
@@ -239,8 +239,8 @@ class _Endless(Sampler[int]):
             yield from torch.randperm(self._size, generator=generator)[self._rank :: self._devices].tolist()
 
 
-def _check(recipe: DictConfig, levels: Sequence[str], devices: int) -> None:
-    """Refuses before anything runs what would fail later."""
+def _check(recipe: DictConfig, levels: Sequence[str], devices: int) -> Dataset[Any]:
+    """Refuses before anything runs what would fail later; returns the training data."""
     if len(set(levels)) < len(levels) or not levels:
         raise ValueError(f"name each level once, as --levels {FLOAT},O0,O1, got {','.join(levels) or 'none'}")
     opt_levels = [level for level in levels if level != FLOAT]
@@ -252,9 +252,11 @@ def _check(recipe: DictConfig, levels: Sequence[str], devices: int) -> None:
     for level in map(find_level, opt_levels):
         if level.quantizes:
             level.check(model, level.configure(fixed_point_settings(recipe)), recipe_rules(recipe))
-    samples = len(load_data(recipe)[0])  # type: ignore[arg-type]
+    data = load_data(recipe)[0]
+    samples = len(data)  # type: ignore[arg-type]
     if samples < devices:
         raise ValueError(f"{devices} devices need a sample each, and the training data has {samples}")
+    return data
 
 
 def _log(time: LevelTime, name: str, batch_size: int, devices: int) -> None:

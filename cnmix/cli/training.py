@@ -56,7 +56,7 @@ def train(
         console.print(table)
     console.print(_results_table(results))
     lines = [f"Kept in {folder}"]
-    if any(find_level(result.level).quantizes for result in results):
+    if any(find_level(result.level).quantizes and not result.strategy_count for result in results):
         lines.append(f"Evaluate with integers: cnmix eval {folder}")
     print_lines(*lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -151,7 +150,8 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
 
     Afterwards the model, its gradients, buffers, quantizers and torch's random numbers are what they were. It takes the
     memory of two training steps, and of a float32 copy of every product's operands, results and gradients: choose a
-    small batch. Where several processes train the model, each must call it.
+    small batch. Where several processes train the model, one may call it alone: it decides by its own batch, outside of
+    DistributedDataParallel.
 
     Args:
         model: initialized with ``cnmix.initialize``; it runs in the mode that it is in.
@@ -293,11 +293,9 @@ class _Call:
         if only is None:
             changed = {id(each): with_float_operands(each, lambda name: True) for each in self.sets}
         else:
-            # Which leaves the step to be counted where all are rounded.
-            sets = {id(each): copy.deepcopy(each) if each is only else each for each in self.sets}
             changed = {
-                number: with_float_operands(each, lambda name, of=number: of == id(only) and name == operand)  # type: ignore[misc]
-                for number, each in sets.items()
+                id(each): with_float_operands(each, lambda name, of=each: of is only and name == operand, counts=False)  # type: ignore[misc]
+                for each in self.sets
             }
         return self._again(lambda each: changed[id(each)])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..adaptive import OperandQuantizer
+from ..config import QuantizeConfig
 from ..entries import quantize_entries
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
 from ..nn import ModuleQuantizers, quantizers_of
@@ -32,9 +33,8 @@ class FloatOperand(OperandQuantizer):
     """
 
     def __init__(self, inner: OperandQuantizer, rounds: bool) -> None:
-        # What is set aside here is done in rounding.
-        config = inner.config.replace(per_entry=False, exact_int31=False, saturation=None, rounding="nearest_even")
-        super().__init__(config.replace(bitwidth=31, max_bitwidth=31), inner.product, inner.name)
+        # Its settings are those of the quantizer, which rounds; here none matters.
+        super().__init__(QuantizeConfig(bitwidth=31), inner.product, inner.name)
         self.inner = inner
         self.rounds = rounds
 
@@ -77,15 +77,20 @@ def _as_operand(values: Tensor) -> FixedPoint:
     return FixedPoint(values, 31, 0)
 
 
-def with_float_operands(quantizers: ModuleQuantizers, rounds: Callable[[str], bool]) -> ModuleQuantizers:
-    """Returns quantizers of a product whose operands are floats; ``rounds`` says which of them, by name, are rounded.
+def with_float_operands(
+    quantizers: ModuleQuantizers, rounds: Callable[[str], bool], counts: bool = True
+) -> ModuleQuantizers:
+    """Returns quantizers of a product whose operands are floats.
 
-    They share the states with the given ones.
+    Args:
+        quantizers: of integers, or of floats.
+        rounds: says which operands, by name, are rounded.
+        counts: whether their steps count, in the states of the given ones.
     """
     changed = copy.copy(quantizers)
     for operand, quantizer in quantizers:
         inner = quantizer.inner if isinstance(quantizer, FloatOperand) else quantizer
-        setattr(changed, operand, FloatOperand(inner, rounds(operand)))
+        setattr(changed, operand, FloatOperand(inner if counts else copy.deepcopy(inner), rounds(operand)))
     return changed
 
 

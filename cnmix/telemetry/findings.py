@@ -21,7 +21,7 @@ def headline(training: Training) -> list[tuple[str, str]]:
         facts.append(("operands at the end", " · ".join(f"{widths[bits]} int{bits}" for bits in BITS if widths[bits])))
     counts = mac_shares(training).counts
     if counts:
-        facts.append(("multiplied in int8", write_share(counts.get("8×8", 0) / sum(counts.values()))))
+        facts.append(("multiplied as int8 × int8", write_share(counts.get("8×8", 0) / sum(counts.values()))))
     if training.seconds_per_step is not None:
         facts.append(("time per step", f"{1000 * training.seconds_per_step:.3g} ms"))
     parts = mean_parts(training)

@@ -151,7 +151,7 @@ def samples_table(operands: Sequence[Operand]) -> Table:
             write = (lambda value: f"{value:.1f} dB") if name == "snr" else write_share
             if points:
                 step, value = pick(points, key=lambda point: point[1])
-                cells += [f"{write(value)} at {step:,}", write(points[-1][1])]
+                cells += [f"{write(value)} at {step:,}" if value else write(value), write(points[-1][1])]
             else:
                 cells += ["–", "–"]
         rows.append(cells)

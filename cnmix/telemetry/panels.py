@@ -20,7 +20,7 @@ from .figures import ALARM, INK, QUIET, SHADES, WIDTH, power, step_axis, styled
 from .records import Operand
 from .views import OperandMap, is_logarithmic, reasons, representable
 
-_LONGEST_NAME, _WRITTEN_ROWS, _MANY_MARKS = 34, 30, 120
+_LONGEST_NAME, _WRITTEN_ROWS, _MANY_MARKS = 40, 30, 120
 _MARKS = {"kept": ("o", 7), "widened": ("^", 34), "narrowed": ("v", 34), "over": ("X", 34)}
 
 
@@ -289,8 +289,8 @@ def exponent_shares(operand: Operand) -> tuple[ndarray, int, int]:
 
 
 def shorten(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Returns a name that fits, without the parts that it begins with where it is too long."""
+    """Returns a name that fits, without its middle where it is too long: both ends tell modules apart."""
     if len(name) <= longest:
         return name
-    end = name[1 - longest :]
-    return "…" + (end[end.index(".") :] if "." in end[:-1] else end)
+    start = (longest - 1) * 2 // 5
+    return f"{name[:start]}…{name[start + 1 - longest :]}"

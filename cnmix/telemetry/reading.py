@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import Histogram, LoggedDecision, Operand, Sample, StepTime, Stretch, Training, level_and_seed
+from .recorder import FILE, FORMAT_VERSION
+from .records import PARTS, Histogram, LoggedDecision, Operand, Sample, StepTime, Stretch, Training, level_and_seed
 
-FILE = "telemetry.jsonl"
 METRICS_FILE = "metrics.csv"
-_VERSION = 1
 
 
 def find_trainings(path: Path) -> tuple[list[Training], dict[str, Training]]:
@@ -104,9 +103,7 @@ class _Reader:
             else:
                 operand.nonfinite.append(int(line["step"]))
         elif kind == "time":
-            parts: dict[str, float] = {
-                name: float(line[name]) for name in ("quantize", "product", "adapt", "other") if name in line
-            }
+            parts: dict[str, float] = {name: float(line[name]) for name in PARTS if name in line}
             self.training.times.append(StepTime(line["step"], line["seconds"], parts, _macs(line.get("macs", {}))))
         elif kind == "steps":
             self.training.stretches.append(Stretch(line["first"], line["last"], line["seconds"]))
@@ -117,7 +114,7 @@ class _Reader:
 
     def _begin(self, line: dict[str, Any]) -> None:
         """Takes the line that a training starts with; of one that was resumed, what it overran is dropped."""
-        if line["version"] > _VERSION:
+        if line["version"] > FORMAT_VERSION:
             raise _NotOursError(f"it is of version {line['version']}, which a newer cnmix reads")
         training, first = self.training, line["first_step"]
         if training.header:

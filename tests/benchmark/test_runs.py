@@ -211,6 +211,7 @@ def test_training_closes_and_evaluates_nothing(recipe, command, monkeypatch, cap
     said = "MLU_ADAPTIVE_STRATEGY_COUNT=4: the adaptive strategy closes after 4 iterations; there is no evaluation, and"
     assert output.splitlines()[0].startswith(said)
     assert "test accuracy not valid" in output
+    assert "cnmix eval" not in output
     assert not evaluated
     assert "MLU_ADAPTIVE_STRATEGY_COUNT" not in caplog.text  # it is said once
     (folder,) = (recipe.parent / "runs/small").iterdir()

@@ -271,7 +271,8 @@ def test_long_curves_become_means():
 
 def test_names_that_are_too_long():
     assert panels.shorten("short.name") == "short.name"
-    assert panels.shorten("encoder.layers.11.self_attention.output", 20) == "….output"
+    assert panels.shorten("encoder.layers.11.self_attention.output", 20) == "encoder…ntion.output"
+    assert len(panels.shorten("a" * 100, 33)) == 33
 
 
 def test_tables_have_the_numbers(training, lines):

@@ -10,9 +10,14 @@ import pytest
 from PIL import Image
 from synthetic_run import write_training
 
+from cnmix.nn import quantizer_sets
+from cnmix.recipe import load_recipe
 from cnmix.telemetry import report as reports
+from cnmix.telemetry.reading import find_trainings
 from cnmix.telemetry.report import read_sections, write_report
+from cnmix.training import run_recipe
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MODULES = ["conv1", "fc"]
 FIGURES = [
     "curves",
@@ -182,6 +187,28 @@ def test_trainings_of_a_run_are_compared(run, tmp_path):
     for level in ("O1", "O2"):
         write_training(tmp_path / f"{level}-seed0", ["fc"], steps=30, level=level)
     assert [each.label for each in read_sections([tmp_path])] == ["Comparison", "O1-seed0", "O2-seed0"]
+
+
+def test_a_run_of_a_recipe(tmp_path, undrawn):
+    settings = ["seeds=[0]", "epochs=2", "threads=1", "model.args.channels=2", "batch_size=256", f"output={tmp_path}"]
+    recipe = load_recipe(RECIPES / "digits.yaml", [*settings, "telemetry.every_n_steps=4"])
+    folder, _, model = run_recipe(recipe, "digits", compare=True, progress=False)
+    (training,), baselines = find_trainings(folder)
+    assert (training.level, training.seed, list(baselines)) == ("O1", "0", ["0"])
+    states = {
+        (fqn, name): quantizer.state for fqn, quantizers in quantizer_sets(model) for name, quantizer in quantizers
+    }
+    assert {(each.module, each.operand) for each in training.operands} == set(states)
+    for each in training.operands:
+        state, last = states[each.module, each.operand], each.decisions[-1]
+        assert (each.last_bits, len(each.decisions)) == (state.bits, state.updates)
+        assert (last.position[1], last.error, last.interval) == (state.position, state.error, state.interval)
+        assert [sample.step for sample in each.samples] == [0, 4, 8]
+        assert all(sample.histogram.total > 0 for sample in each.samples)
+    assert [each.step for each in training.times] == [0, 4, 8]
+    page = Page(write_report([folder]))
+    assert [each["id"] for each in page.all("figure")] == [f"part-1-{name}" for name in FIGURES]
+    assert "the difference from float32" in page.text
 
 
 def test_findings(tmp_path):
