@@ -190,10 +190,7 @@ class MetricCollector:
             exact = next((each.average for each in self._timers if type(each) is Timer and each.seconds), None)
             append_benchmark_log(self._benchmark_log, metrics, exact)
         if self._average_log:
-            accuracy = metrics.get("accuracy", _UNKNOWN)
-            if self._skipped:
-                accuracy = f"not valid ({STRATEGY_COUNT}={self._skipped})"
-            _append(self._average_log, f"net:{metrics.get('net', _UNKNOWN)}, accuracy:{accuracy}\n")
+            append_average_log(self._average_log, metrics)
 
 
 def append_benchmark_log(path: str, metrics: Mapping[str, Any], batch_time: float | None = None) -> None:
@@ -216,6 +213,21 @@ def append_benchmark_log(path: str, metrics: Mapping[str, Any], batch_time: floa
         known["throughput"] = round(known["batch_size"] / seconds * known["cards"], 2)
     record = {key: known.get(key, _UNKNOWN) for key in _KEYS}
     _append(path, json.dumps(record, indent=4, ensure_ascii=False) + "\n")
+
+
+def append_average_log(path: str, metrics: Mapping[str, Any]) -> None:
+    """Appends a line to a log of accuracies: ``net:resnet50, accuracy:0.7613``.
+
+    Where the adaptive strategy closes early the accuracy is "not valid".
+
+    Args:
+        path: the file; it is made where it is missing, in a folder that is there.
+        metrics: ``net`` and ``accuracy``; what is missing is "unknow".
+    """
+    accuracy = metrics.get("accuracy", _UNKNOWN)
+    if strategy_count():
+        accuracy = f"not valid ({STRATEGY_COUNT}={strategy_count()})"
+    _append(path, f"net:{metrics.get('net', _UNKNOWN)}, accuracy:{accuracy}\n")
 
 
 def _append(path: str, text: str) -> None:

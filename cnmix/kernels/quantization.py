@@ -144,9 +144,10 @@ def saturated_share(x: FixedPoint | FixedPointBatch) -> float:
     """Returns the share of values at the limits of the format, in [0, 1]; 0 for an empty tensor."""
     if x.values.numel() == 0:
         return 0.0
-    low, high = limits(x.bits)
-    at_limits = x.values.eq(low).count_nonzero() + x.values.eq(high).count_nonzero()
-    return int(at_limits) / x.values.numel()
+    values = _flat(x.values)
+    least, largest = torch.aminmax(values)  # far quicker than to count, and few tensors reach a limit
+    reached = [limit for limit, most in zip(limits(x.bits), (least, largest), strict=True) if most.item() == limit]
+    return sum(int(values.eq(limit).count_nonzero()) for limit in reached) / values.numel()
 
 
 def shares(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> Shares:
@@ -157,7 +158,8 @@ def shares(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> Shares:
     if not quantized.finite:
         return Shares(math.nan, math.nan)
     # Zero is zero in every format and rounding, so that the zeros that are too many underflowed.
-    lost = int(x.detach().count_nonzero()) - int(quantized.values.count_nonzero())
+    left = int(_flat(quantized.values).count_nonzero())
+    lost = int(_flat(x.detach()).count_nonzero()) - left if left < x.numel() else 0
     return Shares(saturated_share(quantized), lost / max(x.numel(), 1))
 
 
@@ -292,6 +294,13 @@ def _quantize_blocks(
             target.copy_(block.clamp_(low, -low)).clamp_(max=high)
         else:
             target.copy_(block.clamp_(low, high))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Returns the elements in the order of memory where that makes a view, else as they are."""
+    if x.is_contiguous():
+        return x.view(-1)
+    return _in_memory_order(x) if _is_dense(x) else x
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Ranks:
         self._queued_in = -1
         self._nested = False
         self._searched = False
+        self._stays_alone = False
         self._sharded = False
         self._hooks: list[Any] = []
 
@@ -90,6 +91,10 @@ class Ranks:
         self._chosen = group or self._chosen
         self._searched = False
 
+    def stay_alone(self) -> None:
+        """Has this process decide alone, whatever else trains: in a step of trial that it takes for itself."""
+        self._stays_alone = True
+
     def states_were_loaded(self) -> None:
         """Has this round end with a decision, before which nobody knows how many rounds the new states are to last."""
         self._next_collective, self._last_collective = self._rounds.present, self._rounds.present - 1
@@ -98,6 +103,8 @@ class Ranks:
         """Is called before a module quantizes for a training step."""
         if self.closing.forward_begins():
             self._close(found for each in (*self._members, *self._newcomers) if (found := each()) is not None)
+        if self._stays_alone:
+            return
         if not dist.is_available() or not dist.is_initialized():
             if self.group is not None or self._chosen is not None:
                 self._chosen = None

@@ -97,6 +97,32 @@ def test_a_forward_pass_that_checkpointing_repeats_counts_nothing(reentrant: boo
     assert set(updates(model).values()) == {COUNT}
 
 
+class Sequences(nn.Module):
+    """A recurrent layer, attention, and a convolution by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.attention = nn.LSTM(4, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.kernel = nn.Parameter(torch.randn(8, 8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.lstm(x)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        return nn.functional.conv1d(y.transpose(1, 2), self.kernel)
+
+
+def test_sequences_attention_and_functions_close() -> None:
+    torch.manual_seed(0)
+    model, optimizer = prepared(Sequences())
+    for seed in range(COUNT + 3):
+        model(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = updates(model)
+    assert found.pop("attention..value_gradient.grad_output") == 0  # that product has no gradient of its own
+    assert set(found.values()) == {COUNT}
+
+
 class Late(nn.Module):
     """Calls a function, and a module, for the first time in a later iteration."""
 
