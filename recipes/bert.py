@@ -10,6 +10,7 @@ import math
 import random
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHUNK = 256  # questions whose encodings, which are large, are in memory at once
 
 
@@ -301,19 +303,24 @@ def made(
         test: texts in the test set.
         facts: said in a text, from 3 to 6.
         seed: of the draw.
-        vocabulary: greatest number of pieces, learned from the training texts.
+        vocabulary: greatest number of pieces: characters, and the words of the training texts.
         length: pieces of question and text in a window.
     """
     from tokenizers import BertWordPieceTokenizer
 
     draw = random.Random(seed)
     sets = [make_questions(draw, count, facts) for count in (train, test)]
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    texts = [text for context, entries in paragraphs(sets[0]) for text in (context, entries[0]["question"])]
-    tokenizer.train_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
-    if tokenizer.get_vocab_size() > vocabulary:
-        raise ValueError(f"vocabulary must be at least {tokenizer.get_vocab_size()}, the texts' characters alone")
-    tokenizer = BertWordPieceTokenizer(tokenizer.get_vocab(), lowercase=True)  # which sets BERT's marks
+    words = BertWordPieceTokenizer(lowercase=True)
+    count: Counter[str] = Counter()
+    for context, entries in paragraphs(sets[0]):
+        for text in (context, *(entry["question"] for entry in entries)):
+            count.update(word for word, _ in words.pre_tokenizer.pre_tokenize_str(words.normalizer.normalize_str(text)))
+    # Each word, and each character for those that only the test has. (What `tokenizers` learns is not always the same.)
+    characters = sorted(set("".join(count)))
+    pieces = dict.fromkeys([*MARKS, *characters, *(f"##{each}" for each in characters), *sorted(count)])
+    if len(pieces) > vocabulary:
+        raise ValueError(f"vocabulary must be at least {len(pieces)}, got {vocabulary}")
+    tokenizer = BertWordPieceTokenizer({piece: number for number, piece in enumerate(pieces)}, lowercase=True)
     train_set, test_set = (Squad(each, tokenizer, length, length // 4, "what is made") for each in sets)
     return train_set, test_set
 
