@@ -13,12 +13,11 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from arms import Arm
 from networks import TASKS, Task
-from report import describe, machine, save_json, table
+from report import begin, save_json, table
 
 import cnmix
 
@@ -60,9 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = machine()
-    print(describe(found))
-    result: dict[str, Any] = {"benchmark": "adapting", "machine": found, "epoch": args.epoch, "networks": {}}
+    result = begin("adapting", epoch=args.epoch, networks={})
     rows = []
     for name in args.networks:
         row = result["networks"][name] = run_network(TASKS[name], args.epoch)

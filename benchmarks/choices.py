@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import describe, machine, save_json, table
+from report import begin, save_json, table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
@@ -230,8 +230,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file")
     args = parser.parse_args()
-    found = machine()
-    print(describe(found))
+    result = begin("choices")
     jobs: dict[tuple[str, ...], Any] = {}
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         for level in args.levels:
@@ -250,7 +249,7 @@ def main() -> None:
         for count, job in enumerate(as_completed(names), start=1):
             print(f"{count} of {len(names)}: {names[job]}", file=sys.stderr, flush=True)
         results = {name: job.result() for job, name in names.items()}
-    save_json(args.output, {"benchmark": "choices", "machine": found, "results": results})
+    save_json(args.output, result | {"results": results})
     for level in args.levels:
         rows = []
         for key in args.choices:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from inference_arms import ARMS, Case, imagenet
 from memory import check_system, release, resident, restart_peak
-from report import Bar, describe, machine, plot, save_json, time_arms
+from report import Bar, begin, describe, plot, save_json, time_arms
 from torch import Tensor
 
 from cnmix import kernels
@@ -231,16 +231,9 @@ def main() -> None:
         parser.error("--repeats and --threads must be at least 1, and --images a multiple of every batch size")
     check_system()
     args.folder.mkdir(parents=True, exist_ok=True)
-    found = machine()
-    print(describe(found))
     keys = [key for key in ARMS if key in args.arms or key == "float32"]
-    result: dict[str, Any] = {
-        "benchmark": "inference",
-        "machine": found,
-        "kernels": kernels.describe(),
-        "settings": {"repeats": args.repeats, "threads": args.threads, "images": args.images, "settle": SETTLE},
-        "cases": {},
-    }
+    settings = {"repeats": args.repeats, "threads": args.threads, "images": args.images, "settle": SETTLE}
+    result = begin("inference", kernels=kernels.describe(), settings=settings, cases={})
     for network, batch in cases:
         case = Case(network, batch, args.folder, args.threads)
         case.make_checkpoint()

@@ -16,6 +16,7 @@ from cnmix import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 import imagenet
+import imagenet_checkpoint
 
 Run = Callable[[Tensor], Tensor]
 
@@ -66,7 +67,9 @@ class Case:
         """Makes the checkpoint where there is none."""
         if not self.checkpoint.exists():
             torch.manual_seed(0)
-            imagenet.make_checkpoint(self.checkpoint, self.plain(), batch_size=BATCHES_OF_TRAINING[self.network])
+            imagenet_checkpoint.make_checkpoint(
+                self.checkpoint, self.plain(), batch_size=BATCHES_OF_TRAINING[self.network]
+            )
 
 
 @dataclass(frozen=True)

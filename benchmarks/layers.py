@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from memory import check_system, release, resident, restart_peak
-from report import describe, machine, save_json, table
+from report import begin, save_json, table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_step import count_saved
@@ -204,13 +204,11 @@ def main() -> None:
     if args.watching:
         print(", ".join(f"{cost:.1f} microseconds a {name}" for name, cost in watching().items()))
         return
-    found = machine()
-    print(describe(found))
-    result: dict[str, Any] = {"benchmark": "layers", "machine": found, "sizes": sizes, "kinds": {}}
     if args.memory:
-        result = {"benchmark": "layers memory", "machine": found, "lengths": compare_memory()}
+        result = begin("layers memory") | {"lengths": compare_memory()}
         print(save_json(args.output.with_stem(args.output.stem + "_memory"), result))
         return
+    result = begin("layers", sizes=sizes, kinds={})
     rows = []
     for kind in args.kinds:
         times = result["kinds"][kind] = run_kind(kind, *sizes, args.repeats)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from arms import ARMS, Arm
 from networks import TASKS
-from report import Bar, describe, machine, plot, save_json, table
+from report import Bar, begin, describe, plot, save_json, table
 from torch import nn
 from training_step import count_saved, widths, without_dropout
 
@@ -262,15 +262,9 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child[0], args.child[1], args.settle, args.steps)))
         return
-    found = machine()
-    print(describe(found))
-    result: dict[str, Any] = {
-        "benchmark": "memory",
-        "machine": found | {"huge_pages": HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else None},
-        "kernels": kernels.describe(),
-        "settings": {name: getattr(args, name) for name in ("repeats", "steps", "threads", "settle")},
-        "networks": {},
-    }
+    settings = {name: getattr(args, name) for name in ("repeats", "steps", "threads", "settle")}
+    result = begin("memory", kernels=kernels.describe(), settings=settings, networks={})
+    result["machine"]["huge_pages"] = HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else None
     keys = [key for key in ARMS if key in args.arms or key == "float32"]
     for network in args.networks:
         size = parameter_bytes(TASKS[network].build())

@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from report import describe, machine, save_json, table
+from report import begin, save_json, table
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -116,8 +116,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    found = machine()
-    print(describe(found))
+    result = begin("plugin", epochs=args.epochs)
     recipe = load_recipe(ROOT.parent / "recipes" / "digits.yaml")
     settle = 10
     ways = [Way(name, recipe) for name in WAYS]
@@ -136,8 +135,7 @@ def main() -> None:
     rows = [[WAYS[name], f"{1e6 * seconds:.0f}", f"{seconds / steps['loop']:.3f}"] for name, seconds in steps.items()]
     table("A training step of the digits recipe", ["way", "µs", "× the loop"], rows)
     print(f"the plugin alone, epoch against epoch: {1e6 * more:+.0f} µs, {cost:+.2%} of the loop's step")
-    result = {"benchmark": "plugin", "machine": found, "epochs": args.epochs, "seconds": steps, "cost": cost}
-    print(save_json(args.output, result))
+    print(save_json(args.output, result | {"seconds": steps, "cost": cost}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from networks import TASKS, GptBlock
-from report import describe, machine, save_json, table
+from report import begin, save_json, table
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,9 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps measured after it")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file")
     args = parser.parse_args()
-    found = machine()
-    print(describe(found))
-    result: dict[str, Any] = {"benchmark": "processes", "machine": found, "runs": {}}
+    result = begin("processes", runs={})
     rows = []
     for wrapper in WRAPPERS:
         for level in LEVELS:

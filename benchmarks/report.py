@@ -118,6 +118,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def begin(benchmark: str, **more: Any) -> dict[str, Any]:
+    """Prints what machine this is; returns what a result begins with, and ``more`` behind it."""
+    found = machine()
+    print(describe(found))
+    return {"benchmark": benchmark, "machine": found, **more}
+
+
 def describe(found: Mapping[str, Any]) -> str:
     """Returns what ``machine`` found as two or three lines of text."""
     versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from arms import ARMS, Arm, Gradients, onednn_product
 from networks import TASKS, Task
-from report import Bar, describe, machine, plot, save_json, table, time_arms
+from report import Bar, begin, describe, plot, save_json, table, time_arms
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -243,18 +243,11 @@ def main() -> None:
     settle = max(args.settle, args.repeats + WARMUP + 4)
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 64
-    found = machine()
-    print(describe(found))
     arms = [key for key in ARMS if key in args.arms or key == "float32"]
-    result: dict[str, Any] = {
-        "benchmark": "training_step",
-        "machine": found,
-        "kernels": kernels.describe(),
-        "settings": {"repeats": args.repeats, "threads": args.threads, "settle": settle},
-        "float32_product_gflops": float32_products(args.repeats),
-        "networks": {},
-    }
-    speeds = result["float32_product_gflops"]
+    settings = {"repeats": args.repeats, "threads": args.threads, "settle": settle}
+    result = begin("training_step", kernels=kernels.describe(), settings=settings)
+    speeds = result["float32_product_gflops"] = float32_products(args.repeats)
+    result["networks"] = {}
     print(f"float32 product 2048³: MKL {speeds['mkl']:.0f} GFLOP/s, oneDNN {speeds['onednn']:.0f} GFLOP/s")
     for name in args.networks:
         result["networks"][name] = run_network(name, arms, args.repeats, settle)

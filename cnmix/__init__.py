@@ -3,7 +3,7 @@
 ``model, optimizer = cnmix.initialize(model, optimizer, opt_level="O1")``
 """
 
-from . import core
+from . import core, debug, telemetry
 from .accounting import executed_products
 from .amp import dequantize, initialize, scale_loss
 from .config import QuantizeConfig
@@ -22,6 +22,7 @@ __all__ = [
     "cnmix_set_amp_quantify_params",
     "cnmix_set_amp_use_online",
     "core",
+    "debug",
     "dequantize",
     "executed_products",
     "initialize",
@@ -31,4 +32,5 @@ __all__ = [
     "show_config",
     "state_dict",
     "summary",
+    "telemetry",
 ]

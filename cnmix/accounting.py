@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,18 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from . import float_products
 from .kernels import profiling
-from .nn import QuantizedModule, quantizers_of
+from .nn import QuantizedModule
 from .nn.classes import plain_class
-from .nn.function_calls import function_products, set_function_products
-from .nn.places import ATTRIBUTES, detach
+from .nn.function_calls import function_products
 from .overview import why_float
 from .registry import unwrap
 from .tables import format_table
+from .trial import compiled_modules, copied, total_of, trial
 
 _MODULE, _BACKWARD = "cnmix module ", "cnmix backward pass"
 _NODE = "autograd::engine::evaluate_function: "
@@ -134,15 +130,12 @@ def executed_products(
     """
     if torch.autograd._profiler_enabled():
         raise RuntimeError("a profiler is on, and torch runs one at a time: call executed_products outside of it")
-    compiled = _compiled(model)
-    model = unwrap(model)
-    lazy = next((fqn for fqn, each in model.named_parameters() if is_lazy(each)), None)
-    if lazy is not None:
-        raise ValueError(f"{lazy!r} has no shape yet, and a forward pass would give it one: run one first")
-    with _unchanged(model), _in_float(compiled), _eagerly(), _ranges(model), profile(record_shapes=True) as profiled:
-        args, named = _copied((example, kwargs))
+    compiled = compiled_modules(model)
+    whole, model = model, unwrap(model)
+    with trial(whole), _ranges(model), profile(record_shapes=True) as profiled:
+        args, named = copied((example, kwargs))
         output = model(*args, **named)
-        total = _sum(output) if loss is None else loss(output)
+        total = total_of(output) if loss is None else loss(output)
         if total is not None and total.requires_grad:
             with record_function(_BACKWARD):
                 total.backward()
@@ -252,26 +245,6 @@ class _Counts:
             count.macs = (count.macs or 0) + macs
 
 
-def _compiled(model: nn.Module) -> set[nn.Module]:
-    """Returns the modules that are compiled, and those in them."""
-    roots = [each for each in model.modules() if getattr(each, "_compiled_call_impl", None) is not None]
-    roots += [each for each in model.modules() if isinstance(getattr(each, "_orig_mod", None), nn.Module)]
-    return {inside for root in roots for inside in root.modules()}
-
-
-@contextmanager
-def _in_float(modules: set[nn.Module]) -> Iterator[None]:
-    """Has the functions that these modules call multiply in float, as they do where they are compiled."""
-    before = [(module, products) for module in modules if (products := function_products(module)) is not None]
-    try:
-        for module, _ in before:
-            set_function_products(module, None)
-        yield
-    finally:
-        for module, products in before:
-            set_function_products(module, products)
-
-
 def _reasons(model: nn.Module, compiled: set[nn.Module]) -> Callable[[str | None], str]:
     """Returns what says why a product at a place is float."""
     modules = dict(model.named_modules())
@@ -317,81 +290,3 @@ def _ranges(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """Runs compiled functions eagerly: in a graph operations are fused, and modules have no hooks."""
-    used = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # from torch 2.6 on
-    return torch.compiler.set_stance("force_eager") if used else nullcontext()
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts aside what a training step changes, and puts it back."""
-    parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    # What is to happen to a new gradient, as an optimizer's step.
-    hooks = [(each, dict(each)) for p in parameters if (each := p._post_accumulate_grad_hooks) is not None]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    quantizers = [
-        (module, {name: vars(module)[name] for name in ATTRIBUTES if name in vars(module)})
-        for module in model.modules()
-        if not any(each.frozen for _, each in quantizers_of(module))
-    ]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            copies = copy.deepcopy([originals for _, originals in quantizers])  # together, for what they share
-            for (module, _), copied in zip(quantizers, copies, strict=True):
-                vars(module).update(copied)
-            for parameter in parameters:
-                parameter.grad = None
-            for each, _ in hooks:
-                each.clear()
-            yield
-        finally:
-            for module, originals in quantizers:
-                detach(module)
-                vars(module).update(originals)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            for each, before in hooks:
-                each.update(before)
-            for module, before in buffers:
-                module._buffers.update(before)
-            with torch.no_grad():
-                for buffer, value in values:
-                    if not torch.equal(buffer, value):  # others keep the counter of their versions
-                        buffer.copy_(value)
-
-
-def _copied(values: Any) -> Any:
-    """Copies the tensors in nested tuples, lists and dicts; the model's call may change them, and so may gradients."""
-    known: dict[int, Tensor] = {}
-
-    def copied(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in known:
-            known[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-        return known[id(value)]
-
-    return tree_map(copied, values)
-
-
-def _sum(output: Any) -> Tensor | None:
-    """Returns a scalar to go backwards from; None where nothing in the output needs a gradient."""
-    loss = getattr(output, "loss", None)
-    found = [each.sum() for each in _tensors(output if loss is None else loss) if each.requires_grad]
-    return torch.stack(found).sum() if found else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors([*value.values()])
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)

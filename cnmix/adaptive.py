@@ -13,19 +13,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import kernels
 from .config import Product, QuantizeConfig
-from .fixed_point import (
-    BITS,
-    FixedPoint,
-    FixedPointBatch,
-    Rounding,
-    choose_position,
-    dequantize,
-)
+from .decisions import Decision, QuantizerListener, why_measured
+from .fixed_point import BITS, FixedPoint, FixedPointBatch, Rounding, choose_position
+from .kernels.profiling import timed
+from .measures import error_sums, measure_again, update_interval
 from .operand import Observation, OperandState, Rounds, parse_operand_state, relative_error
 
 logger = logging.getLogger("cnmix")
@@ -48,10 +43,14 @@ class OperandQuantizer:
         draw_key: what the seed is combined with, so that processes with different data draw different numbers.
         look_next: set it to have the next training step look at its ``shares``, once, in a few passes over the tensor.
         shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
+        listener: is told of every decision, of NaN and infinity, and of tensors that are looked at. A copy has none.
+        closed: whether it has measured for the last time: width and position stay. Not part of the state.
     """
 
     look_next = False
+    closed = False
     shares: kernels.Shares | None = None
+    listener: QuantizerListener | None = None
 
     def __init__(self, config: QuantizeConfig, product: Product, name: str, seed: int = 0) -> None:
         self.config = config
@@ -103,11 +102,16 @@ class OperandQuantizer:
             self._saw_nonfinite = self._saw_nonfinite and not training
         elif not self._saw_nonfinite:
             self._saw_nonfinite = True
-            logger.warning("NaN or infinity in %s: the products with it are NaN", self.name)
+            when = f"training step {self.state.step - 1}" if training else "outside training"
+            logger.warning("NaN or infinity in %s (%s): the products with it are NaN", self.name, when)
+            if self.listener is not None:
+                self.listener.met_nonfinite(self)
 
     @property
     def due(self) -> bool:
         """Whether the next training step measures."""
+        if self.closed and self.state.position is not None:
+            return False
         if self.observation is not None:
             return self.observation.due
         return self.state.step >= self.state.next_update
@@ -132,9 +136,12 @@ class OperandQuantizer:
             if self.look_next:
                 self.look(x, quantized)
 
-    def look(self, x: Tensor, quantized: FixedPoint) -> None:
+    @timed("look")
+    def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
         """Takes the shares of a training step's tensor, as ``look_next`` asks for, which ends with it."""
         self.shares, self.look_next = kernels.shares(x, quantized), False
+        if self.listener is not None:
+            self.listener.looked(self, x, quantized)
 
     def repeated(
         self, x: Tensor, bits: int, position: int | None, stream: int, start: int = 0, training: bool = True
@@ -153,7 +160,10 @@ class OperandQuantizer:
         if not due:
             self._watch_saturation(quantized)
         elif self.observation is None and state.position is not None:
-            self._schedule(state.position, state.error)
+            self._adopt(state.bits, state.position, state.error, {state.bits: state.error})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "listener"}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers."""
@@ -194,7 +204,7 @@ class OperandQuantizer:
         state.saturation += seen.saturation
         if seen.absmax > 0:
             bits, error = self._choose_width(seen.error)
-            self._adopt(bits, choose_position(seen.absmax, bits), error)
+            self._adopt(bits, choose_position(seen.absmax, bits), error, {each: seen.error(each) for each in seen.sums})
         elif self.config.saturation is not None:
             self._look_for_saturation()
         self.observe(seen.rounds, steps_per_round)
@@ -216,11 +226,17 @@ class OperandQuantizer:
         )
         if not found.absmax > 0 or not first.finite:
             return first, found
+        return self._adjust(x, first, found)
+
+    @timed("adapt")
+    def _adjust(self, x: Tensor, first: FixedPoint, found: kernels.Statistics) -> tuple[FixedPoint, kernels.Statistics]:
+        """Decides by what the pass at the present width found, and returns the integers that were decided for."""
+        state = self.state
         tried = {state.bits: (first, found)}
 
         def sums_at(bits: int) -> tuple[float, float]:
             if bits not in tried:
-                tried[bits] = _measure_again(x, bits, found)
+                tried[bits] = measure_again(x, bits, found)
             return error_sums(x, tried[bits][0], self.config.error_measure, tried[bits][1])
 
         bits = self.decide(found.absmax, sums_at)
@@ -249,7 +265,8 @@ class OperandQuantizer:
 
         bits, error = self._choose_width(error_at)
         if self.observation is None:
-            self._adopt(bits, choose_position(absmax, bits), error)
+            errors = {width: relative_error(*each) for width, each in differences.items()}
+            self._adopt(bits, choose_position(absmax, bits), error, errors)
         else:
             self.observation.add(absmax, differences)
         return bits
@@ -278,15 +295,37 @@ class OperandQuantizer:
                 bits, error = narrower[-1], narrow
         return bits, error
 
-    def _adopt(self, bits: int, position: int, error: float) -> None:
-        """Takes a format over and sets the next update."""
-        self._schedule(position, error, widened=bits - self.state.bits)
-        self.state.bits = bits
-        self.state.exceeds_max_bitwidth = error > self.config.threshold_for(self.product)
+    def _adopt(self, bits: int, position: int, error: float, errors: Mapping[int, float | None]) -> None:
+        """Takes a format over and sets the next update; ``errors`` are those that it was chosen by."""
+        config, state, listener = self.config, self.state, self.listener
+        before, reason = (state.bits, state.position), ""
+        if listener is not None:  # while the state still has what it follows from
+            reason = why_measured(state, config, self.observation is not None)
+        interval_reason = self._schedule(position, error, widened=bits - state.bits)
+        state.bits = bits
+        threshold = config.threshold_for(self.product)
+        state.exceeds_max_bitwidth = error > threshold
+        if listener is not None:
+            bits_then, position_then = before
+            outcome = "widened" if bits > bits_then else "narrowed" if bits < bits_then else "kept"
+            listener.decided(
+                self,
+                Decision(
+                    step=state.step - 1,
+                    reason=reason,
+                    errors=errors,
+                    threshold=threshold,
+                    bits=(bits_then, bits),
+                    position=(position_then, position),
+                    outcome="over" if error > threshold else outcome,
+                    interval=state.interval,
+                    interval_reason=interval_reason,
+                ),
+            )
 
     def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""
-        if self.config.saturation is None:
+        if self.config.saturation is None or self.closed:
             return
         share = kernels.saturated_share(quantized)
         if self.observation is not None:
@@ -300,8 +339,8 @@ class OperandQuantizer:
         if bound is not None and state.saturation > bound * (state.step - 1 - state.last_update):
             state.next_update = state.step
 
-    def _schedule(self, position: int, error: float, widened: int = 0) -> None:
-        """Takes this step's position and error into the state and sets the next update."""
+    def _schedule(self, position: int, error: float, widened: int = 0) -> str:
+        """Takes this step's position and error into the state and sets the next update; returns why it comes then."""
         config, state = self.config, self.state
         step = state.step - 1
         # Between updates the position stood still, and its average went on towards it.
@@ -311,74 +350,25 @@ class OperandQuantizer:
             state.moving_position = kept * state.moving_position + (1 - kept) * state.position
         # A wider format puts its step at a lower position.
         state.moving_position -= widened
-        state.interval = self._next_interval(step, position, error)
+        state.interval, reason = self._next_interval(step, position, error)
         state.moving_position = config.alpha * position + (1 - config.alpha) * state.moving_position
         state.position, state.error = position, error
         state.next_update = step + state.interval
         state.last_update = step
         state.updates += 1
         state.saturation = 0.0
+        return reason
 
-    def _next_interval(self, step: int, position: int, error: float) -> int:
+    def _next_interval(self, step: int, position: int, error: float) -> tuple[int, str]:
         config = self.config
         if config.online:
-            return 1
+            return 1, "online"
         if config.mode == "fixed_interval":
-            return config.interval
+            return config.interval, "fixed"
         epoch = config.steps_per_epoch
         if step < config.quantify_rate * epoch:
-            return 1
+            return 1, "first share of the epoch"
         if step >= epoch:
-            return epoch - step % epoch  # the next epoch's first step
-        interval = update_interval(position, self.state.moving_position, error, config)
-        return min(interval, epoch - step)
-
-
-def _measure_again(x: Tensor, bits: int, found: kernels.Statistics) -> tuple[FixedPoint, kernels.Statistics]:
-    """Measures at another width; what does not depend on it is in ``found``."""
-    quantized, other = kernels.quantize_measured(x, bits, None, measure=True)
-    return quantized, other._replace(channel_sums=found.channel_sums, checksum=found.checksum)
-
-
-def quantization_error(
-    x: Tensor, quantized: FixedPoint, measure: str = "mean", found: kernels.Statistics | None = None
-) -> float:
-    """Measures the quantization error (QEM).
-
-    ``log2(|mean|x| - mean|x_q|| / mean|x| + 1)`` for "mean", with ``mean|x - x_q|`` in the numerator for "l1"
-    (the forms of two public implementations of arXiv 1911.00361). 0 for an all-zero tensor.
-
-    Args:
-        x: float tensor, finite.
-        quantized: the same tensor, quantized to nearest (under stochastic rounding the first form changes its meaning).
-        measure: "mean" or "l1".
-        found: the sums of magnitudes, where they are known already.
-    """
-    return relative_error(*error_sums(x, quantized, measure, found))
-
-
-def error_sums(
-    x: Tensor, quantized: FixedPoint, measure: str, found: kernels.Statistics | None = None
-) -> tuple[float, float]:
-    """Returns the sum that QEM's numerator is made of (signed for "mean"), and the sum of the magnitudes.
-
-    Both add up over the parts of a tensor that several processes hold. Arguments as in ``quantization_error``.
-    """
-    sum_x = kernels.sum_of_magnitudes(x) if found is None else found.sum_x
-    if measure == "l1":
-        return kernels.sum_of_magnitudes(x.detach().to(torch.float32) - dequantize(quantized)), sum_x
-    sum_q = kernels.sum_of_magnitudes(quantized.values) if found is None else found.sum_q
-    return sum_x - math.ldexp(sum_q, quantized.position), sum_x
-
-
-def update_interval(position: int, moving_position: float, error: float, config: QuantizeConfig) -> int:
-    """Returns the steps until the next update (QPA): ``clamp(beta / max(I1, I2) - gamma, 1, steps_per_epoch)``.
-
-    ``I1 = alpha * |position - moving_position|`` is how far the range moves, ``I2 = delta * error**2`` how coarse the
-    format is; ``moving_position`` is the average before this step's position entered it.
-    """
-    demand = max(config.alpha * abs(position - moving_position), config.delta * error**2)
-    if demand == 0:
-        return config.steps_per_epoch
-    steps = config.beta / demand - config.gamma
-    return int(min(max(round(min(steps, config.steps_per_epoch)), 1), config.steps_per_epoch))
+            return epoch - step % epoch, "end of the epoch"  # the next epoch's first step
+        interval, reason = update_interval(position, self.state.moving_position, error, config)
+        return (interval, reason) if interval < epoch - step else (epoch - step, "end of the epoch")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .benchmark.protocol import strategy_count
 from .config import OperandConfigs, Product, QuantizeConfig
 from .nn import (
     QUANTIZED_CLASSES,
@@ -87,9 +88,9 @@ def initialize(
         ValueError: for an unknown level or setting (with the nearest known one), a value out of its range, a rule
             that holds for nothing, a model whose weights are not float32 or are shared with a module that stays
             float, a model or a part of one that was initialized otherwise before, or a state that waits for the model
-            and does not fit it. Nothing has been changed then.
+            and does not fit it, or a bad value of ``MLU_ADAPTIVE_STRATEGY_COUNT``. Nothing has been changed then.
     """
-    level = find_level(opt_level)
+    level, close_after = find_level(opt_level), strategy_count()
     if process_group is not None and not hasattr(process_group, "allreduce"):
         raise TypeError(
             "process_group takes a torch.distributed.ProcessGroup, as torch.distributed.group.WORLD after "
@@ -153,6 +154,7 @@ def initialize(
         name_modules(model)
         for ranks in {*ranks_of(model)}:
             ranks.choose(process_group)
+            ranks.closing.begin(close_after)
     for model in new_models:
         registry.models[model] = setup
         if registry.waiting_models:

@@ -124,6 +124,9 @@ class QuantizeConfig:
         check_names(changes, (field.name for field in dataclasses.fields(self)), "setting")
         return dataclasses.replace(self, **changes)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizeConfig:
+        return self  # frozen, and there are three in each of a model's products
+
 
 OperandConfigs = Mapping[str, QuantizeConfig]
 """The settings of a module, by operand."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import kernels
 from .adaptive import OperandQuantizer
 from .fixed_point import FixedPoint, FixedPointBatch, dequantize
+from .kernels.profiling import timed
 
 
 def quantize_entries(quantizer: OperandQuantizer, x: Tensor, training: bool) -> FixedPoint | FixedPointBatch:
@@ -31,6 +32,8 @@ def quantize_entries(quantizer: OperandQuantizer, x: Tensor, training: bool) -> 
     if due:
         _update(quantizer, x)
     quantized = repeat_entries(quantizer, x, (state.bits, 0, state.step), training)
+    if quantizer.look_next and training:
+        quantizer.look(x, quantized)
     quantizer.notice(quantized, training)
     return quantized
 
@@ -49,6 +52,7 @@ def repeat_entries(
     return kernels.quantize_batch(x, bits, None, rounding, batch_dims=x.dim() - 2, seed=seed, stream=stream)[0]
 
 
+@timed("adapt")
 def _update(quantizer: OperandQuantizer, x: Tensor) -> None:
     dims = x.dim() - 2
 

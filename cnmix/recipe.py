@@ -29,6 +29,7 @@ from .recipe_code import check_arguments, getattr_or_explain, load_module
 from .rules import Rule, leave_out, parse_rules
 from .shipped import find_recipe
 from .strategies import find_level
+from .telemetry.rules import TelemetryRule, parse_telemetry_rules
 
 
 @dataclass
@@ -62,6 +63,14 @@ FixedPointSection = dataclasses.make_dataclass(
 
 
 @dataclass
+class TelemetrySection:
+    """What a run records, see ``cnmix.telemetry``; nothing where ``every_n_steps`` is 0."""
+
+    every_n_steps: int = 50
+    rules: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class Recipe:
     """The schema of a recipe.
 
@@ -85,6 +94,7 @@ class Recipe:
         seeds: one run for each.
         threads: threads of torch; torch's own choice where null.
         cnmix: how it computes.
+        telemetry: what is recorded of it.
         output: folder in which runs are kept, as ``output/<recipe>/<time>``.
         tiny: keys of a recipe that ``load_recipe`` puts over the others where it is asked to, or leaves out: empty in
             what it returns. One that gives a ``name`` takes the arguments beside it alone.
@@ -104,6 +114,7 @@ class Recipe:
     seeds: list[int] = field(default_factory=lambda: [0])
     threads: int | None = None
     cnmix: FixedPointSection = field(default_factory=FixedPointSection)  # type: ignore[valid-type]
+    telemetry: TelemetrySection = field(default_factory=TelemetrySection)
     output: str = "runs"
     tiny: dict[str, Any] = field(default_factory=dict)
 
@@ -259,6 +270,7 @@ def _check_values(recipe: DictConfig) -> None:
     for name, least in {"batch_size": 1, "test_batch_size": 1, "workers": 0, "epochs": 1, "threads": 1}.items():
         if recipe[name] is not None and recipe[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {recipe[name]}")
+    telemetry_rules(recipe)
     _check_level(recipe, recipe.cnmix.opt_level)
 
 
@@ -312,6 +324,18 @@ def recipe_rules(recipe: DictConfig) -> tuple[Rule, ...]:
         ValueError: for an unknown name in one, or a rule that makes no sense.
     """
     return (*leave_out(list(recipe.cnmix.exclude)), *parse_rules(OmegaConf.to_container(recipe.cnmix.rules)))  # type: ignore[arg-type]
+
+
+def telemetry_rules(recipe: DictConfig) -> tuple[TelemetryRule, ...]:
+    """Returns the rules of what a run records; none where it records nothing.
+
+    Raises:
+        TypeError: if a rule is no mapping.
+        ValueError: for an unknown name in one, or a value out of its range.
+    """
+    section = recipe.telemetry
+    rules = parse_telemetry_rules(OmegaConf.to_container(section.rules), section.every_n_steps or 1)  # type: ignore[arg-type]
+    return rules if section.every_n_steps else ()
 
 
 def build_model(recipe: DictConfig) -> nn.Module:

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -23,42 +23,36 @@ SMALL_CONVOLUTION = 64 * 64
 SMALL_HIDDEN = 192
 TOO_SMALL = "too small to gain"
 
+_Selector = TypeVar("_Selector", bound="Selector")
+
 # Of the settings, these belong to a product, and so to all of its operands.
 _OF_PRODUCTS = ("exact_int31", "steps_per_epoch")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What holds for some modules of a model; a later rule goes over an earlier one.
-
-    ``cnmix.initialize`` and recipes take rules as mappings of the same names, with the settings beside them:
-    ``{"modules": "encoder.*", "operands": "grad_output", "rounding": "stochastic"}``.
+class Selector:
+    """Chooses operands of some modules of a model.
 
     Attributes:
         modules: patterns of fully qualified names, of which one must match; a name covers all below it. Empty: any.
         types: names of classes, or classes, of which the module or one that it is in must be one. Empty: any.
         small: only modules with fewer weights, per group, than ``SMALL_LINEAR`` or ``SMALL_CONVOLUTION``, or of
             a hidden size below ``SMALL_HIDDEN``: too small to gain.
-        operands: the operands that the settings are for. Empty: all three.
-        leave_out: leave the modules in float32.
-        settings: fields of ``cnmix.QuantizeConfig``; ``width`` sets ``bitwidth`` and ``max_bitwidth`` to one value.
+        operands: of ``input``, ``weight`` and ``grad_output``. Empty: all three.
     """
 
     modules: tuple[str, ...] = ()
     types: tuple[str | type, ...] = ()
     small: bool = False
     operands: tuple[str, ...] = ()
-    leave_out: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("modules", "types", "operands"):
             value = getattr(self, name)
             several = isinstance(value, Iterable) and not isinstance(value, (str, type))
             object.__setattr__(self, name, tuple(value) if several else (value,))
-        for name in ("small", "leave_out"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"a rule's {name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.small, bool):
+            raise ValueError(f"a rule's small must be True or False, got {self.small!r}")
         for pattern in self.modules:
             if not isinstance(pattern, str):
                 raise TypeError(f"a rule's modules are fully qualified names or patterns of them, got {pattern!r}")
@@ -66,6 +60,32 @@ class Rule:
             if not isinstance(kind, (str, type)):
                 raise TypeError(f"a rule's types are classes or names of classes, got {kind!r}")
         check_names(self.operands, OPERANDS, "operand in a rule:")
+
+    def under(self: _Selector, prefix: str) -> _Selector:
+        """Returns the rule for a model that holds this one's under ``prefix``, such as ``"model."``."""
+        return dataclasses.replace(self, modules=tuple(f"{prefix}{pattern}" for pattern in self.modules))
+
+
+@dataclass(frozen=True)
+class Rule(Selector):
+    """What holds for some modules of a model; a later rule goes over an earlier one.
+
+    ``cnmix.initialize`` and recipes take rules as mappings of the same names, with the settings beside them:
+    ``{"modules": "encoder.*", "operands": "grad_output", "rounding": "stochastic"}``.
+
+    Attributes:
+        modules: see ``Selector``; likewise ``types``, ``small`` and ``operands``, which the settings are for.
+        leave_out: leave the modules in float32.
+        settings: fields of ``cnmix.QuantizeConfig``; ``width`` sets ``bitwidth`` and ``max_bitwidth`` to one value.
+    """
+
+    leave_out: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.leave_out, bool):
+            raise ValueError(f"a rule's leave_out must be True or False, got {self.leave_out!r}")
         settings = dict(self.settings)
         if "width" in settings:
             both = {"bitwidth", "max_bitwidth"} & set(settings)
@@ -90,10 +110,6 @@ class Rule:
         for name in _OF_PRODUCTS:
             if name in settings and self.operands:
                 raise ValueError(f"{name} is of a whole module: give it in a rule without operands")
-
-    def under(self, prefix: str) -> Rule:
-        """Returns the rule for a model that holds this one's under ``prefix``, such as ``"model."``."""
-        return dataclasses.replace(self, modules=tuple(f"{prefix}{pattern}" for pattern in self.modules))
 
 
 def parse_rules(rules: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
@@ -158,23 +174,27 @@ class RuleBook:
     def check(self) -> None:
         """Raises ValueError, with the nearest name, for a pattern or class that no module has."""
         for rule in self.rules:
-            for pattern in rule.modules:
-                if not self._has_name(pattern):
-                    raise ValueError(f"{_show(rule)}: {no_module_called(pattern, self._classes)}")
-            for kind in rule.types:
-                if not self._has_class(kind):
-                    name = kind if isinstance(kind, str) else kind.__name__
-                    names = {each.__name__ for classes in self._classes.values() for each in classes}
-                    near = difflib.get_close_matches(name, sorted(names), n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
-                    raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
+            self.check_names_of(rule)
+
+    def check_names_of(self, rule: Selector) -> None:
+        """Raises ValueError, with the nearest name, for a pattern or class of this rule that no module has."""
+        for pattern in rule.modules:
+            if not self._has_name(pattern):
+                raise ValueError(f"{_show(rule)}: {no_module_called(pattern, self._classes)}")
+        for kind in rule.types:
+            if not self._has_class(kind):
+                name = kind if isinstance(kind, str) else kind.__name__
+                names = {each.__name__ for classes in self._classes.values() for each in classes}
+                near = difflib.get_close_matches(name, sorted(names), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "print(model) shows the classes"
+                raise ValueError(f"{_show(rule)}: no module is of the class {name!r}: {hint}")
 
     def check_sizes(self, modules: Iterable[nn.Module]) -> None:
         """Raises ValueError, naming it, for a module without weights yet that a rule would choose by its size."""
         lazy = [module for module in modules if isinstance(module, LazyModuleMixin)]
         for rule in self.rules:
             for module in lazy:
-                if rule.small and self._holds(dataclasses.replace(rule, small=False), module):
+                if rule.small and self.holds(dataclasses.replace(rule, small=False), module):
                     raise ValueError(
                         f"{_show(rule)}: {self._names[id(module)][0]!r} is a {type(module).__name__}, whose size is "
                         "known after a forward pass: run one first, or leave it out of the rule"
@@ -184,7 +204,7 @@ class RuleBook:
         """Raises ValueError for a rule with settings that holds for no module in fixed point; one by size may."""
         chosen = [module for module in convertible if self.why_left_out(module) in ("", TOO_SMALL)]
         for rule in self.rules:
-            if not rule.leave_out and not rule.small and not any(self._holds(rule, module) for module in chosen):
+            if not rule.leave_out and not rule.small and not any(self.holds(rule, module) for module in chosen):
                 raise ValueError(
                     f"{_show(rule)}: of what it chooses nothing computes in fixed point: it is of no class that is "
                     "converted (print(cnmix.summary(model)) names the reason), or left out by another rule"
@@ -202,7 +222,7 @@ class RuleBook:
 
     def why_left_out(self, module: nn.Module) -> str:
         """Returns why the module stays float32, or "" where it does not."""
-        holding = [rule for rule in self.rules if rule.leave_out and self._holds(rule, module)]
+        holding = [rule for rule in self.rules if rule.leave_out and self.holds(rule, module)]
         if not holding:
             return ""
         return TOO_SMALL if all(rule.small for rule in holding) else "left out"
@@ -215,7 +235,7 @@ class RuleBook:
         """
         changes: dict[str, dict[str, Any]] = {operand: {} for operand in OPERANDS}
         for rule in self.rules:
-            if not rule.leave_out and self._holds(rule, module):
+            if not rule.leave_out and self.holds(rule, module):
                 for operand in rule.operands or OPERANDS:
                     changes[operand].update(rule.settings)
         try:
@@ -230,13 +250,14 @@ class RuleBook:
     def _has_class(self, kind: str | type) -> bool:
         return any(kind is each or kind == each.__name__ for classes in self._classes.values() for each in classes)
 
-    def _holds(self, rule: Rule, module: nn.Module) -> bool:
+    def holds(self, rule: Selector, module: nn.Module) -> bool:
+        """Whether a rule chooses this module of the model."""
         if rule.small and not _is_small(module):
             return False
         return any(
             (not rule.modules or any(matches(fqn, pattern) for pattern in rule.modules))
             and (not rule.types or self._within(fqn, rule.types))
-            for fqn in self._names[id(module)]
+            for fqn in self._names.get(id(module), ())
         )
 
     def _within(self, fqn: str, types: tuple[str | type, ...]) -> bool:
@@ -262,10 +283,10 @@ def _is_small(module: nn.Module) -> bool:
     return False
 
 
-def _show(rule: Rule) -> str:
+def _show(rule: Selector) -> str:
     parts = {each.name: getattr(rule, each.name) for each in dataclasses.fields(rule) if each.name != "settings"}
     shown = {name: list(value) if isinstance(value, tuple) else value for name, value in parts.items() if value}
-    return f"rule { ({**shown, **rule.settings}) }"
+    return f"rule { ({**shown, **getattr(rule, 'settings', {})}) }"
 
 
 def no_module_called(pattern: str, names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,7 @@ def _describe(file: Path) -> Shipped:
     text = file.read_text(encoding="utf-8")
     recipe = yaml.safe_load(text)
     arguments = recipe["data"].get("args", {}).items()
-    paths = [f"{key}={value}" for key, value in arguments if isinstance(value, str) and not value.startswith("$")]
+    paths = [f"{key}={value}" for key, value in arguments if re.match(r"[^$]+/", str(value))]
     description = text.splitlines()[0].lstrip("# ").rstrip(":")
     return Shipped(file.stem, file, description, ", ".join(paths), bool(recipe.get("tiny")))
 

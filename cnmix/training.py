@@ -25,9 +25,10 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from . import checkpoint
+from .benchmark.protocol import STRATEGY_COUNT, strategy_count, unwarned
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, evaluation_batches, read_checkpoint
-from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar
+from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar, CnmixTelemetry
 from .nn.callers import is_caller
 from .nn.module_state import check_widths
 from .recipe import (
@@ -37,7 +38,9 @@ from .recipe import (
     fixed_point_settings,
     load_data,
     recipe_rules,
+    telemetry_rules,
 )
+from .rules import RuleBook
 from .state import check_names_fit
 from .strategies import find_level
 from .task import arguments, batches, call, load_task
@@ -51,19 +54,22 @@ class RunResult:
         level: opt level.
         seed: seed of the weights, the order of the data and dropout.
         test_accuracy: share of the test data that is right at the end by the recipe's score, of its classes by default,
-            in [0, 1].
+            in [0, 1]; None where the adaptive strategy closed early.
         test_loss: mean loss on the test data at the end, by default the cross entropy of the classes in nats; None
-            where it is not finite.
+            where it is not finite, or the adaptive strategy closed early.
         seconds: wall time of training, evaluation after each epoch included.
         folder: where its metrics and checkpoints are.
+        strategy_count: training iterations after which ``MLU_ADAPTIVE_STRATEGY_COUNT`` closed the adaptive strategy, in
+            a run that was not evaluated; 0 in any other.
     """
 
     level: str
     seed: int
-    test_accuracy: float
+    test_accuracy: float | None
     test_loss: float | None
     seconds: float
     folder: str
+    strategy_count: int = 0
 
 
 class Training(pl.LightningModule):
@@ -149,14 +155,17 @@ def run_recipe(
 
     Raises:
         ValueError: if a level is unknown or cannot take the recipe's settings, if ``levels`` is given with ``compare``
-            or ``resume``, or if ``resume`` is given with several runs or is no checkpoint.
+            or ``resume``, or if ``resume`` is given with several runs or is no checkpoint; for a bad value of
+            ``MLU_ADAPTIVE_STRATEGY_COUNT``.
     """
     # What the recipe or the checkpoint has wrong is refused before a folder is made.
-    chosen = choose_levels(recipe, compare, levels)
+    count, chosen = strategy_count(), choose_levels(recipe, compare, levels)
     model = build_model(recipe)
     build_optimizer(recipe, model.parameters())
     load_task(recipe)
     modules = [_modules_to_convert(recipe, model, level) for level in chosen]
+    for rule in telemetry_rules(recipe):
+        RuleBook(model, ()).check_names_of(rule)
     if resume is not None:
         if levels or len(chosen) * len(recipe.seeds) > 1:
             raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare or --levels")
@@ -166,6 +175,12 @@ def run_recipe(
         torch.set_num_threads(recipe.threads)
     folder = _new_folder(Path(recipe.output) / name)
     OmegaConf.save(recipe, folder / "recipe.yaml")
+    if count:
+        iterations = recipe.epochs * math.ceil(len(data[0]) / recipe.batch_size)  # type: ignore[arg-type]
+        closes = f": the adaptive strategy closes after {count} iterations"
+        if count >= iterations:
+            closes = f" is beyond the {iterations} iterations of a run: the adaptive strategy does not close"
+        report(f"{STRATEGY_COUNT}={count}{closes}; there is no evaluation, and the accuracy is not valid")
     results: list[RunResult] = []
     runs = [(seed, level) for seed in recipe.seeds for level in chosen]
     for number, (seed, level) in enumerate(runs, start=1):
@@ -178,8 +193,11 @@ def run_recipe(
             further = f"; go on with --resume {last} seeds=[{seed}] cnmix.opt_level={level}" if last.is_file() else ""
             report(f"interrupted: kept in {folder}{further}")
             raise
-        loss = "not finite: training diverged" if result.test_loss is None else f"{result.test_loss:.4f}"
-        report(f"  {result.seconds:.1f} s, test accuracy {result.test_accuracy:.2%}, test loss {loss}")
+        if result.test_accuracy is None:
+            report(f"  {result.seconds:.1f} s, test accuracy not valid")
+        else:
+            loss = "not finite: training diverged" if result.test_loss is None else f"{result.test_loss:.4f}"
+            report(f"  {result.seconds:.1f} s, test accuracy {result.test_accuracy:.2%}, test loss {loss}")
         results.append(result)
         (folder / "results.json").write_text(json.dumps([asdict(each) for each in results], indent=2) + "\n")
     return folder, results, model
@@ -197,6 +215,7 @@ def train(
     callbacks: tuple[Callback, ...] = (),
 ) -> tuple[RunResult, nn.Module]:
     """Trains the recipe's model once; returns the result and the trained model."""
+    count = strategy_count()
     torch.manual_seed(seed)
     training = Training(build_model(recipe), recipe, level, seed)
     # The recipe names modules of the network, which is `model` in there.
@@ -215,16 +234,19 @@ def train(
     test_loader = evaluation_batches(recipe, data[1])
     keep_last = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
     bar = [CnmixProgressBar()] if progress else []
+    recorded = telemetry_rules(recipe)
+    recorders = [CnmixTelemetry(recipe.telemetry.every_n_steps, recorded, folder, "model")] if recorded else []
     started = time.perf_counter()
-    with _quiet_lightning():
+    with _quiet_lightning(), unwarned():
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
             max_epochs=recipe.epochs,
             plugins=[plugin, AtomicCheckpointIO()],  # last.ckpt is saved over itself
-            callbacks=[keep_last, *bar, *callbacks],
+            callbacks=[keep_last, *recorders, *bar, *callbacks],
             logger=CSVLogger(folder, name="", version=""),
             num_sanity_val_steps=0,
+            limit_val_batches=0 if count else None,
             enable_progress_bar=progress,
             enable_model_summary=False,
             log_every_n_steps=1,
@@ -237,10 +259,12 @@ def train(
         except SystemExit:  # what Lightning makes of an interrupt
             raise KeyboardInterrupt from None
     seconds = time.perf_counter() - started
-    accuracy, loss = evaluate(training.model, test_loader, training.task)
-    result = RunResult(level, seed, accuracy, loss if math.isfinite(loss) else None, seconds, str(folder))
-    recorded = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
-    checkpoint.save(folder / MODEL_FILE, training.model, **recorded)
+    result = RunResult(level, seed, None, None, seconds, str(folder), count)
+    if not count:
+        result.test_accuracy, loss = evaluate(training.model, test_loader, training.task)
+        result.test_loss = loss if math.isfinite(loss) else None
+    details = {"recipe": OmegaConf.to_container(recipe), "result": asdict(result)}
+    checkpoint.save(folder / MODEL_FILE, training.model, **details)
     return result, training.model
 
 

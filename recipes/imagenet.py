@@ -1,8 +1,8 @@
-"""ResNet-50 and VGG-19 as torchvision names their parts, and images to run them on.
+"""ResNet-50 and VGG-19 as torchvision names their parts, and images to train them on.
 
-A ``state_dict`` of torchvision's ``resnet50`` or ``vgg19`` loads strictly into these, and ``read_image`` prepares
-ImageNet's images for it. Nothing is downloaded: ``images`` draws patterns, and ``make_checkpoint`` makes a checkpoint
-of a network that has hardly been trained.
+A ``state_dict`` of torchvision's ``resnet50`` or ``vgg19`` loads strictly into these. Images are read from ImageNet's
+folders, and prepared as torchvision's references do it. Nothing is downloaded: ``images`` draws patterns where there
+are none.
 """
 
 import math
@@ -13,16 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import cnmix
-from cnmix import checkpoint
+from torch.utils.data import Dataset, TensorDataset
 
 SIDE = 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1], red, green, blue
+PARTS = ("train", "val")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CLASSES = 10  # of the images that are drawn
-BATCH, IMAGES = 16, 96  # of settling
-LOGIT = 10.0  # what a fitted class answers over the others
 
 # Output channels of VGG-19's convolutions (configuration E); each part ends in a max pooling.
 VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
@@ -66,17 +63,18 @@ class ResNet(nn.Module):
     Args:
         blocks: bottlenecks in each of the four layers.
         num_classes: features of the answer.
+        width: channels of the first convolution; the others have them in proportion.
     """
 
-    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int) -> None:
+    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int, width: int = 64) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        channels_in = 64
+        channels_in = width
         for number, count in enumerate(blocks, 1):
-            channels = 32 * 2**number
+            channels = width * 2 ** (number - 1)
             layer = [Bottleneck(channels_in, channels, stride=1 if number == 1 else 2)]
             channels_in = 4 * channels
             layer += [Bottleneck(channels_in, channels) for _ in range(count - 1)]
@@ -100,34 +98,38 @@ class VGG(nn.Module):
     Args:
         parts: output channels of the 3x3 convolutions between two poolings.
         num_classes: features of the answer.
+        features: of the two hidden layers behind the convolutions.
+        dropout: share of these zeroed in training.
     """
 
-    def __init__(self, parts: tuple[tuple[int, ...], ...], num_classes: int) -> None:
+    def __init__(
+        self, parts: tuple[tuple[int, ...], ...], num_classes: int, features: int = 4096, dropout: float = 0.5
+    ) -> None:
         super().__init__()
-        features: list[nn.Module] = []
+        layers: list[nn.Module] = []
         channels_in = 3
         for part in parts:
             for channels in part:
-                features += [nn.Conv2d(channels_in, channels, 3, padding=1), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels_in, channels, 3, padding=1), nn.ReLU(inplace=True)]
                 channels_in = channels
-            features.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*features)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(
-            nn.Linear(49 * channels_in, 4096),
+            nn.Linear(49 * channels_in, features),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
-            nn.Linear(4096, 4096),
+            nn.Dropout(dropout),
+            nn.Linear(features, features),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
-            nn.Linear(4096, num_classes),
+            nn.Dropout(dropout),
+            nn.Linear(features, num_classes),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.normal_(module.weight, 0, 0.01 * math.sqrt(4096 / features))  # as published at 4096
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,17 +137,41 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-def resnet50(num_classes: int = 1000) -> ResNet:
-    """Returns ResNet-50; the weights follow torch's global seed."""
-    return ResNet((3, 4, 6, 3), num_classes)
+def resnet50(num_classes: int = 1000, width: int = 64) -> ResNet:
+    """Returns ResNet-50; the weights follow torch's global seed.
+
+    Args:
+        num_classes: features of the answer.
+        width: channels of the first convolution, at least 1; the others have them in proportion. 64 is the network.
+
+    Raises:
+        ValueError: for a width below 1.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    return ResNet((3, 4, 6, 3), num_classes, width)
 
 
-def vgg19(num_classes: int = 1000) -> VGG:
-    """Returns VGG-19; the weights follow torch's global seed."""
-    return VGG(VGG19, num_classes)
+def vgg19(num_classes: int = 1000, width: int = 64, dropout: float = 0.5) -> VGG:
+    """Returns VGG-19; the weights follow torch's global seed.
+
+    Args:
+        num_classes: features of the answer.
+        width: as for ``resnet50``; the hidden layers, 4096 wide at 64, too.
+        dropout: share of the hidden layers' features zeroed in training.
+
+    Raises:
+        ValueError: for a width below 1.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    parts = tuple(tuple(channels * width // 64 for channels in part) for part in VGG19)
+    return VGG(parts, num_classes, 64 * width, dropout)
 
 
-def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+def images(
+    count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES, noise: float = 0.3
+) -> tuple[Tensor, Tensor]:
     """Draws images of waves on a coloured ground, noise over them; direction, wavelength and colour are the class's.
 
     Args:
@@ -153,6 +179,7 @@ def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) 
         seed: of the generator; the same seed draws the same images.
         side: height and width in pixels.
         classes: how many there are.
+        noise: standard deviation of what is added to each pixel; the waves have an amplitude of 1.
 
     Returns:
         Images, float32, shape (count, 3, side, side), each with mean 0 and standard deviation 1; classes, int64,
@@ -167,8 +194,8 @@ def images(count: int, seed: int = 0, side: int = SIDE, classes: int = CLASSES) 
     along = turn.cos()[:, None, None] * columns + turn.sin()[:, None, None] * rows
     wave = torch.sin(2 * math.pi * along / wavelength[:, None, None] + phase[:, None, None])
     colour = torch.stack([(2 * turn + shift).sin() for shift in (0.5, 2.6, 4.7)], 1)[:, :, None, None]
-    noise = F.interpolate(torch.randn(count, 3, 8, 8, generator=generator), size=(side, side), mode="bilinear")
-    drawn = (1 + wave[:, None]) * colour + noise + 0.3 * torch.randn(count, 3, side, side, generator=generator)
+    blobs = F.interpolate(torch.randn(count, 3, 8, 8, generator=generator), size=(side, side), mode="bilinear")
+    drawn = (1 + wave[:, None]) * colour + blobs + noise * torch.randn(count, 3, side, side, generator=generator)
     deviation, mean = torch.std_mean(drawn, (1, 2, 3), keepdim=True)
     return (drawn - mean) / deviation, targets
 
@@ -197,12 +224,14 @@ def find_images(folder: Path) -> list[tuple[Path, int]]:
     return files
 
 
-def read_image(file: Path, side: int = SIDE) -> Tensor:
-    """Reads an image as networks of torchvision are evaluated: shorter side 8/7 of ``side``, the centre, normalized.
+def read_image(file: Path, side: int = SIDE, augment: bool = False) -> Tensor:
+    """Reads an image as torchvision's references do, normalized.
 
     Args:
         file: in a format that Pillow reads.
         side: height and width of what is returned, in pixels.
+        augment: as for training: a random part of the image, flipped as often as not, from torch's random state. Else
+            the shorter side becomes 8/7 of ``side``, of which the centre is taken.
 
     Returns:
         Float32, (3, side, side).
@@ -217,90 +246,103 @@ def read_image(file: Path, side: int = SIDE) -> Tensor:
             image = opened.convert("RGB")
     except OSError as error:
         raise ValueError(f"{file} is damaged, or no image: {error}") from error
-    shorter = side * 8 // 7
-    width, height = (int(shorter * each / min(image.size)) for each in image.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    if augment:
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box=random_part(*image.size))
+        if torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    else:
+        shorter = side * 8 // 7
+        width, height = (int(shorter * each / min(image.size)) for each in image.size)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
 
 
-def settle(model: nn.Module, x: Tensor, targets: Tensor) -> nn.Module:
-    """Brings a network of random weights to where training would have it, near enough to quantize it, in place.
-
-    Batch normalization takes its statistics from ``x``. The last one of each residual branch is set to 0.2: at 1, which
-    training starts from, random branches magnify any rounding of an activation on the way to the logits. The last
-    Linear is fitted to the classes by least squares, since one of random weights answers nearly all images alike.
+def random_part(width: int, height: int) -> tuple[int, int, int, int]:
+    """Draws a part of an image: 8 to 100 % of its area, from 3:4 to 4:3.
 
     Args:
-        model: ``resnet50()`` or ``vgg19()``.
-        x: images, (N, 3, H, W), more than one.
-        targets: their classes, (N,).
+        width: of the image in pixels.
+        height: likewise.
 
     Returns:
-        ``model``, in evaluation mode.
+        Left, top, right and bottom; the whole image where ten draws of a shape did not fit into it.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    kept: list[Tensor] = []
-    with torch.no_grad(), last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])):
-        for module in model.modules():
-            if isinstance(module, Bottleneck):
-                module.bn3.weight.fill_(0.2)
-        momenta = [norm.momentum for norm in norms]
-        model.eval()
-        for norm in norms:
-            norm.momentum = None  # the plain average over the batches
-            norm.train()
-        for batch in x.split(BATCH) if norms else ():
-            model(batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.eval()
-        kept.clear()
-        for batch in x.split(BATCH):
-            model(batch)
-        features = torch.cat(kept).double()
-        mean = features.mean(0)
-        centred = features - mean
-        classes = int(targets.max()) + 1
-        wanted = LOGIT * (F.one_hot(targets, classes).double() - 1 / classes)
-        products = centred @ centred.T
-        products += 0.1 * products.diagonal().mean() * torch.eye(len(x), dtype=torch.float64)
-        weight = torch.linalg.solve(products, wanted).T @ centred
-        last.weight.zero_()
-        last.bias.fill_(-LOGIT)
-        last.weight[:classes] = weight.float()
-        last.bias[:classes] = -(weight @ mean).float()
-    return model
+    for _ in range(10):
+        area = width * height * float(torch.empty(()).uniform_(0.08, 1))
+        ratio = math.exp(float(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3))))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left = int(torch.randint(width - across + 1, ()))
+            top = int(torch.randint(height - down + 1, ()))
+            return left, top, left + across, top + down
+    return 0, 0, width, height
 
 
-def make_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, steps: int = 3, batch_size: int = 4, side: int = SIDE
-) -> None:
-    """Settles the network, trains it for a few steps at O1 in int8, and writes a checkpoint of it.
-
-    So that there is one to infer from: accuracy is not what these steps are for. The formats are those of training,
-    measured on every step.
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """Images in a folder for each class.
 
     Args:
-        path: the file.
-        model: ``resnet50()`` or ``vgg19()``, plain; it is plain again afterwards.
-        steps: training steps.
-        batch_size: images in each.
+        folder: as ``find_images`` takes it.
         side: height and width of the images in pixels.
+        augment: as ``read_image`` takes it.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no image in it.
     """
-    settle(model, *images(IMAGES, side=side)).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
-            module.eval()  # a few steps on small batches would know less than what was settled
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    cnmix.initialize(model, optimizer, "O1", max_bitwidth=8, steps_per_epoch=steps, quantify_rate=1.0)
-    x, targets = images(steps * batch_size, seed=1, side=side)
-    for inputs, classes in zip(x.split(batch_size), targets.split(batch_size), strict=True):
-        optimizer.zero_grad()
-        with cnmix.scale_loss(F.cross_entropy(model(inputs), classes), optimizer) as loss:
-            loss.backward()
-        optimizer.step()
-    checkpoint.save(path, model)
-    cnmix.dequantize(model).eval()
+
+    def __init__(self, folder: Path, side: int, augment: bool) -> None:
+        self.files = find_images(folder)
+        self.side = side
+        self.augment = augment
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Returns an image, (3, side, side), and its class."""
+        file, target = self.files[index]
+        return read_image(file, self.side, self.augment), target
+
+
+def load(folder: str | os.PathLike[str], side: int = SIDE, classes: int = 1000) -> tuple[ImageFolder, ImageFolder]:
+    """Returns the images of training and of the test.
+
+    Args:
+        folder: has ``train/<class>/x.jpg`` and ``val/<class>/x.jpg``, with the same classes; ``~`` is the home folder.
+        side: height and width in pixels.
+        classes: how many the network tells apart.
+
+    Raises:
+        FileNotFoundError: if images are missing; the message says where they belong.
+        ValueError: if the folders have other classes than each other, or another number of them than ``classes``.
+    """
+    root = Path(folder).expanduser().absolute()
+    try:
+        read = ImageFolder(root / "train", side, augment=True), ImageFolder(root / "val", side, augment=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. Put the images into {root}, as train/<class>/x.jpg and val/<class>/x.jpg, or name "
+            "their folder with data.args.folder=; nothing is downloaded"
+        ) from None
+    train_names, test_names = ({each.name for each in (root / part).iterdir() if each.is_dir()} for part in PARTS)
+    if train_names != test_names:
+        names = ", ".join(sorted(train_names ^ test_names)[:5])
+        raise ValueError(f"train and val in {root} must have the same classes, only one of them has {names}")
+    if len(train_names) != classes:
+        raise ValueError(
+            f"{root / 'train'} has {len(train_names)} classes, and the network tells {classes} apart: give "
+            f"model.args.num_classes={len(train_names)}"
+        )
+    return read
+
+
+def drawn(
+    train_images: int, test_images: int, side: int = 32, classes: int = CLASSES, noise: float = 0.3
+) -> tuple[TensorDataset, TensorDataset]:
+    """Draws images for training and others for the test; the other arguments are those of ``images``."""
+    parts = ((train_images, 1), (test_images, 2))
+    train, test = (TensorDataset(*images(count, seed, side, classes, noise)) for count, seed in parts)
+    return train, test

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import imagenet
+import imagenet_checkpoint
 import torch
 import vendor_flow
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def load_trained(options: argparse.Namespace) -> nn.Module:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(0)
             with torch.enable_grad():
-                imagenet.make_checkpoint(path, build(), batch_size=2)
+                imagenet_checkpoint.make_checkpoint(path, build(), batch_size=2)
     saved = checkpoint.read_plain(path)
     state = saved.get("state_dict", saved)
     classes = next(reversed(state.values())).numel()  # the last bias

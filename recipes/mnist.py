@@ -1,7 +1,7 @@
 """MNIST: the network of the vendor's quick guide, and the four IDX files as tensors.
 
 The files are read from disk and never downloaded: put the four of them into one folder, plain or gzipped, and name
-that folder to `load`.
+that folder to `load`. `upscaled_digits` makes such images of those that come with scikit-learn.
 """
 
 import gzip
@@ -29,6 +29,7 @@ FILES = {
 GZIP_MAGIC = b"\x1f\x8b"
 UNSIGNED_BYTE = 0x08
 SIDE = 28
+MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's pixels in [0, 1]
 CLASSES = 10
 
 
@@ -119,7 +120,7 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
 
 
 def load(
-    folder: str | os.PathLike[str] = "data/mnist", mean: float = 0.1307, std: float = 0.3081
+    folder: str | os.PathLike[str] = "data/mnist", mean: float = MEAN, std: float = DEVIATION
 ) -> tuple[TensorDataset, TensorDataset]:
     """Reads MNIST's training and test images from a folder.
 
@@ -149,6 +150,37 @@ def load(
     root = Path(folder).expanduser().absolute()
     train_images, train_labels, test_images, test_labels = _find(root)
     return _read_pair(train_images, train_labels, mean, std), _read_pair(test_images, test_labels, mean, std)
+
+
+def upscaled_digits(test_share: float = 0.25, split_seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
+    """Makes images as MNIST's of scikit-learn's 8x8 digits: 20 pixels wide in a border of 4, normalized as MNIST's are.
+
+    Args:
+        test_share: share of the 1,797 images in the test set, above 0 and below 1.
+        split_seed: of the split, which has the digits in equal shares.
+
+    Returns:
+        The training and the test set, as `load` returns them.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: scikit-learn refuses the share or the seed.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    parts = train_test_split(
+        digits.images, digits.target, test_size=test_share, random_state=split_seed, stratify=digits.target
+    )
+    train_images, test_images, train_labels, test_labels = (torch.as_tensor(part) for part in parts)
+    return _upscale(train_images, train_labels), _upscale(test_images, test_labels)
+
+
+def _upscale(images: Tensor, labels: Tensor) -> TensorDataset:
+    """Returns images (N, 8, 8) of 0 to 16 as normalized ones (N, 1, 28, 28), with their labels."""
+    large = F.interpolate(images.unsqueeze(1).to(torch.float32) / 16, size=(20, 20), mode="bilinear")
+    return TensorDataset((F.pad(large, (4, 4, 4, 4)) - MEAN) / DEVIATION, labels.to(torch.int64))
 
 
 def _find(root: Path) -> list[Path]:

@@ -18,8 +18,9 @@ from adaptive_samples import (
 )
 
 from cnmix import QuantizeConfig, kernels
-from cnmix.adaptive import OperandQuantizer, quantization_error, update_interval
+from cnmix.adaptive import OperandQuantizer
 from cnmix.fixed_point import FixedPoint, dequantize
+from cnmix.measures import quantization_error, update_interval
 from cnmix.operand import OperandState
 
 
@@ -69,8 +70,8 @@ def test_the_published_measurements():
     ("error", "steps"), [(0.03, 1), (0.01, 8), (0.007, 18), (0.003, 109), (0.001, 998), (0.0003, 11109)]
 )
 def test_interval_by_error(error, steps):
-    assert update_interval(-5, -5.0, error, QuantizeConfig(steps_per_epoch=20_000)) == steps
-    assert update_interval(-5, -5.0, error, QuantizeConfig(steps_per_epoch=100)) == min(steps, 100)
+    assert update_interval(-5, -5.0, error, QuantizeConfig(steps_per_epoch=20_000))[0] == steps
+    assert update_interval(-5, -5.0, error, QuantizeConfig(steps_per_epoch=100))[0] == min(steps, 100)
 
 
 @pytest.mark.parametrize(
@@ -78,19 +79,21 @@ def test_interval_by_error(error, steps):
 )
 def test_interval_by_distance(distance, steps):
     for sign in (1, -1):
-        assert update_interval(-5, -5 + sign * distance, 0.0, QuantizeConfig()) == steps
-        assert update_interval(-5, -5 + sign * distance, 1e-9, QuantizeConfig(steps_per_epoch=10)) == min(steps, 10)
+        assert update_interval(-5, -5 + sign * distance, 0.0, QuantizeConfig())[0] == steps
+        assert update_interval(-5, -5 + sign * distance, 1e-9, QuantizeConfig(steps_per_epoch=10))[0] == min(steps, 10)
 
 
 def test_interval_takes_the_greater_demand_and_never_leaves_the_epoch():
     config = QuantizeConfig(steps_per_epoch=500)
-    assert update_interval(0, 0.02, 0.01, config) == 8
-    assert update_interval(0, 0.1, 0.003, config) == 23
-    assert update_interval(0, 0.0, 0.0, config) == 500
-    assert update_interval(0, 0.0, 1e-200, config) == 500
-    assert update_interval(0, 0.0, 1e-155, config) == 500
-    assert update_interval(0, 0.0, 1.0, config) == 1
-    assert update_interval(0, 0.0, 0.0, QuantizeConfig(steps_per_epoch=1)) == 1
+    assert update_interval(0, 0.02, 0.01, config)[0] == 8
+    assert update_interval(0, 0.1, 0.003, config)[0] == 23
+    assert update_interval(0, 0.0, 0.0, config)[0] == 500
+    assert update_interval(0, 0.0, 1e-200, config)[0] == 500
+    assert update_interval(0, 0.0, 1e-155, config)[0] == 500
+    assert update_interval(0, 0.0, 1.0, config)[0] == 1
+    assert update_interval(0, 0.0, 0.0, QuantizeConfig(steps_per_epoch=1))[0] == 1
+    assert update_interval(0, 0.1, 0.003, config)[1] == "range moves"
+    assert update_interval(0, 0.02, 0.01, config)[1] == "coarse format"
 
 
 @pytest.mark.parametrize("absolute", [1.0, 0.999999, 127 / 64, 1.9921875, 2.0, 3.7e-30])

@@ -122,7 +122,7 @@ def test_nonfinite_is_reported_once_by_name(caplog):
         for x in (torch.tensor([math.nan]), torch.tensor([math.inf]), torch.tensor([-math.inf, 1])):
             result = quantizer(x, training=True)
         assert [record.getMessage() for record in caplog.records] == [
-            "NaN or infinity in grad_output of 'encoder.fc1': the products with it are NaN"
+            "NaN or infinity in grad_output of 'encoder.fc1' (training step 0): the products with it are NaN"
         ]
         other = quantizer(torch.ones(1), training=True)
         assert kernels.matmul(*(v._replace(values=v.values[:1, None]) for v in (result, other))).isnan().all()

@@ -56,7 +56,7 @@ def train(
         console.print(table)
     console.print(_results_table(results))
     lines = [f"Kept in {folder}"]
-    if any(find_level(result.level).quantizes for result in results):
+    if any(find_level(result.level).quantizes and not result.strategy_count for result in results):
         lines.append(f"Evaluate with integers: cnmix eval {folder}")
     print_lines(*lines)
 
@@ -95,12 +95,16 @@ def _results_table(results: list[RunResult]) -> Table:
         groups.append(("mean", results))
     for name, group in groups:
         columns = [[result for result in group if result.level == level] for level in levels]
-        accuracies = [f"{statistics.mean(each.test_accuracy for each in column):.2%}" for column in columns]
         seconds = [f"{statistics.mean(each.seconds for each in column):.1f}" for column in columns]
-        table.add_row(name, "accuracy", *accuracies)
+        table.add_row(name, "accuracy", *(_mean_accuracy(column) for column in columns))
         table.add_row("", "loss", *(_mean_loss(column) for column in columns))
         table.add_row("", "seconds", *seconds, end_section=True)
     return table
+
+
+def _mean_accuracy(results: list[RunResult]) -> str:
+    accuracies = [result.test_accuracy for result in results if result.test_accuracy is not None]
+    return f"{statistics.mean(accuracies):.2%}" if len(accuracies) == len(results) else "not valid"
 
 
 def _mean_loss(results: list[RunResult]) -> str:

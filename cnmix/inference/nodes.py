@@ -133,34 +133,24 @@ def grouped(nodes: list[Node]) -> list[list[Fused] | Call]:
     done: set[int] = set()
     arranged: list[list[Fused] | Call] = []
 
-    def ready(node: Node) -> bool:
-        return all(id(made_by[key]) in done for key in node.inputs() if key in made_by)
+    def take(kind: type[Node]) -> list[Any]:
+        """Takes the nodes of a kind that wait for nothing, or only for each other."""
+        taken: list[Node] = []
+        before = -1
+        while len(taken) > before:
+            before = len(taken)
+            for node in [each for each in waiting if isinstance(each, kind)]:
+                if all(id(made_by[key]) in done for key in node.inputs() if key in made_by):
+                    taken.append(node)
+                    done.add(id(node))
+                    waiting.remove(node)
+        return taken
 
     while waiting:
-        group: list[Fused] = []
-        progress = True
-        while progress:
-            progress = False
-            for fused in [each for each in waiting if isinstance(each, Fused)]:
-                if ready(fused):
-                    group.append(fused)
-                    done.add(id(fused))
-                    waiting.remove(fused)
-                    progress = True
-        if group:
-            arranged.append(group)
-        progress = True
-        calls = 0
-        while progress:
-            progress = False
-            for call in [each for each in waiting if isinstance(each, Call)]:
-                if ready(call):
-                    arranged.append(call)
-                    done.add(id(call))
-                    waiting.remove(call)
-                    progress, calls = True, calls + 1
+        group, calls = take(Fused), take(Call)
         if not group and not calls:
             raise RuntimeError("the steps of the program wait for each other")
+        arranged += [group, *calls] if group else calls
     return arranged
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,7 +144,7 @@ class _Dequantized(nn.Module):
         bias = None if step.arguments[2] is None else values[step.arguments[2].name]
         # The bias is added by itself: onnxruntime would quantize one that a Conv or Gemm has.
         if step.operator == CONVOLUTION:
-            y = _convolved(x, self._dequantized(weight, position), None, *step.arguments[3:9])
+            y = _convolved(x, self._dequantized(weight, position), step.arguments[3:9])
             return y if bias is None else y + getattr(self, f"{step.arguments[2].name}_of_channels")
         if x.dim() == 2:
             y = F.linear(x, self._dequantized(weight, position))
@@ -183,22 +183,12 @@ def _is_product(step: Step) -> bool:
 
 def _multiplied(step: Step, a: Tensor, b: Tensor) -> Tensor:
     """Returns a product of two activations, float32."""
-    return torch.matmul(a, b) if step.operator == MATMUL else _convolved(a, b, None, *step.arguments[2:8])
+    return torch.matmul(a, b) if step.operator == MATMUL else _convolved(a, b, step.arguments[2:8])
 
 
-def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    extra: list[int],
-) -> Tensor:
-    extra = extra or [0] * len(stride)
-    return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, extra, groups)
+def _convolved(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+    stride, padding, dilation, groups, transposed, extra = geometry
+    return torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra or [0] * len(stride), groups)
 
 
 def _formats(step: Step) -> tuple[int, int, int, int]:

@@ -9,13 +9,15 @@ of integers or floats. Formats are width and position of the left operand, then 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..fixed_point import FixedPoint, FixedPointBatch
 from ..nn.batched import multiply_operands
-from ..nn.card_tensors import to_device_of, to_host
+from ..nn.card_tensors import on_host
 from ..nn.exported import FITTING
 from ..nn.grouped import multiply_groups
 from ..nn.products import ConvolutionGeometry
@@ -60,34 +62,14 @@ def convolve(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, formats: list[int], rounding: str, exact: bool, name: str
 ) -> Tensor:
-    given, x, weight, bias = x, to_host(x), to_host(weight), to_host(bias)
-    bits, position, weight_bits, weight_position = formats
-    qw = FixedPoint(weight, weight_bits, weight_position)
-    y = multiply_rows(quantize(x, bits, position, rounding), qw, bias, exact, name)
-    return to_device_of(given, (y.to(x.dtype),))[0]
+    qx, qw = quantize(x, formats[0], formats[1], rounding), FixedPoint(weight, formats[2], formats[3])
+    return multiply_rows(qx, qw, bias, exact, name).to(x.dtype)
 
 
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    formats: list[int],
-    rounding: str,
-    exact: bool,
-    name: str,
-) -> Tensor:
-    given, x, weight, bias = x, to_host(x), to_host(weight), to_host(bias)
-    bits, position, weight_bits, weight_position = formats
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
-    qw = FixedPoint(weight, weight_bits, weight_position)
-    y = convolve(quantize(x, bits, position, rounding), qw, bias, geometry, exact, name)
-    return to_device_of(given, (y.to(x.dtype),))[0]
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    *geometry, formats, rounding, exact, name = arguments
+    qx, qw = quantize(x, formats[0], formats[1], rounding), FixedPoint(weight, formats[2], formats[3])
+    return convolve(qx, qw, bias, ConvolutionGeometry.of(*geometry), exact, name).to(x.dtype)
 
 
 def _matmul(
@@ -100,31 +82,15 @@ def _matmul(
     exact: bool,
     name: str,
 ) -> Tensor:
-    given, a, b = a, to_host(a), to_host(b)
     qa = quantize_each(a, formats[0], formats[1], per_entry[0], a_rounding)
     qb = quantize_each(b, formats[2], formats[3], per_entry[1], b_rounding)
-    return to_device_of(given, (multiply_operands(qa, qb, exact, name),))[0]
+    return multiply_operands(qa, qb, exact, name)
 
 
-def _filter(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    formats: list[int],
-    x_rounding: str,
-    weight_rounding: str,
-    exact: bool,
-    name: str,
-) -> Tensor:
-    given, x, weight = x, to_host(x), to_host(weight)
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+def _filter(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    *geometry, formats, x_rounding, weight_rounding, exact, name = arguments
     qx, qw = quantize(x, formats[0], formats[1], x_rounding), quantize(weight, formats[2], formats[3], weight_rounding)
-    return to_device_of(given, (convolve(qx, qw, None, geometry, exact, name),))[0]
+    return convolve(qx, qw, None, ConvolutionGeometry.of(*geometry), exact, name)
 
 
 def _grouped(
@@ -137,26 +103,12 @@ def _grouped(
     exact: bool,
     name: str,
 ) -> Tensor:
-    given, x, weight = x, to_host(x), to_host(weight)
     qx = quantize(x, formats[0], formats[1], x_rounding)
     if weight.is_floating_point():
         qw = quantize(weight, formats[2], formats[3], weight_rounding)
     else:
         qw = FixedPoint(weight, formats[2], formats[3])
-    return to_device_of(given, (multiply_groups(qx, qw, ends.tolist(), exact, name),))[0]
-
-
-def _geometry(
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-) -> ConvolutionGeometry:
-    return ConvolutionGeometry(
-        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
-    )
+    return multiply_groups(qx, qw, ends.tolist(), exact, name)
 
 
 _FORMATS = "int[] formats, str rounding, bool exact, str name"
@@ -181,5 +133,5 @@ for _name, _function, _returned in (
     ("integer_grouped", _grouped, shapes.grouped),
 ):
     for _device in ("CPU", "PrivateUse1"):
-        _library.impl(_name, _function, _device)
+        _library.impl(_name, on_host(_function), _device)
     torch.library.register_fake(f"cnmix::{_name}", _returned, lib=_library)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import QuantizeConfig
 from ..fixed_point import FixedPoint
-from ..nn.card_tensors import to_device_of, to_host
+from ..nn.card_tensors import on_host
 from ..nn.exported import FITTING
 from ..nn.gates import KINDS
 from ..nn.quantizers import ModuleQuantizers
@@ -62,10 +62,8 @@ def _recurrence(
         The hidden states of all time steps, the last one of each row, and its cell state, empty where there is none;
         float32.
     """
-    given, x, h, c, b_input, b_hidden = x, *(to_host(each) for each in (x, h, c, b_input, b_hidden))
-    weights = [to_host(each) for each in (w_input, w_hidden, w_projection)]
     made: list[Any] = []
-    for number, weight in enumerate(weights):
+    for number, weight in enumerate((w_input, w_hidden, w_projection)):
         if weight is None:
             made.append(None)
             continue
@@ -90,8 +88,8 @@ def _recurrence(
         fused=fused,
     )
     with torch.no_grad():
-        y, h, c = run_layer(x, (weights[0], weights[1], b_input, b_hidden, weights[2]), h, c, layer)
-    return to_device_of(given, (y, h, y.new_empty(0) if c is None else c))  # type: ignore[return-value]
+        y, h, c = run_layer(x, (w_input, w_hidden, b_input, b_hidden, w_projection), h, c, layer)
+    return y, h, y.new_empty(0) if c is None else c
 
 
 _library = torch.library.Library("cnmix", "FRAGMENT")
@@ -101,5 +99,5 @@ _library.define(
     "str[] roundings, bool[] exact, str name) -> (Tensor, Tensor, Tensor)"
 )
 for _device in ("CPU", "PrivateUse1"):
-    _library.impl("integer_recurrence", _recurrence, _device)
+    _library.impl("integer_recurrence", on_host(_recurrence), _device)
 torch.library.register_fake("cnmix::integer_recurrence", shapes.recurrence, lib=_library)

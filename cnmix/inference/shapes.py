@@ -98,22 +98,9 @@ def recurrence(
     return y, last, cell
 
 
-def _image(
-    x: Tensor,
-    weight: Tensor,
-    dtype: torch.dtype,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    *_: object,
-) -> Tensor:
+def _image(x: Tensor, weight: Tensor, dtype: torch.dtype, *arguments: Any) -> Tensor:
     """Returns a convolution's (N, channels, *output), which lies in memory as ``x`` does."""
-    geometry = ConvolutionGeometry(
-        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
-    )
+    geometry = ConvolutionGeometry.of(*arguments[:6])
     images, channels, *size = geometry.output_shape(x.shape, weight.shape)
     if not kernels.has_channels_last(x):
         return x.new_empty((images, channels, *size), dtype=dtype)

@@ -26,7 +26,7 @@ from ..fixed_point import (
 from . import native, reference, tiles
 from .native.structures import FloatBatch
 from .products import multiply_into, product_sums, round_into
-from .profiling import count_matmul, profiled
+from .profiling import count_matmul, profiled, timed
 from .quantization import lines_of, sum_of_magnitudes
 
 # Multiplications from which an entry is worth calls of its own.
@@ -86,6 +86,7 @@ def batched_matmul(
     return _multiply_on_torch(a, b, shape, exact_int31).to(dtype)
 
 
+@timed("quantize")
 def quantize_batch(
     x: Tensor,
     bits: int,

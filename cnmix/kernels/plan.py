@@ -336,43 +336,33 @@ class Plan:
         if self._array is not None:
             raise ValueError("the plan is finished")
         index = len(self._steps)
-        self._read(source, index)
+        source.note_read(index)
         if step.kind != _STEP["elements"]:
             source.planes = False
         self._places.append((step.source, source, 0))
         step.target.base = -1
         if target is not None:
-            self._write(target, index, again)
+            target.note_written(index, again)
             target.bound = max(bound, target.bound) if again else bound
             self._places.append((step.target, target, more))
         check_chain(chain, step.rows, step.channels)
         for stage in chain:
             if isinstance(stage, AddValue):
-                self._read(stage.value, index)
+                stage.value.note_read(index)
                 stage.value.planes = False
             elif isinstance(stage, (Store, Quantize)):
-                self._write(stage.value, index)
+                stage.value.note_written(index)
         note_replaced(source, chain)
         simple = simplify(chain, bound, of_sums=step.kind != _STEP["elements"])
         stages = (structures.Stage * len(simple))(*(encode(stage, self._kept) for stage in simple))
         for operation, made in zip(simple, stages, strict=True):
+            made.place.base = -1
             if isinstance(operation, (AddValue, Store, Quantize, Bounded)):
                 made.stride = step.channels
                 self._places.append((made.place, operation.value, 0))
         self._kept.append(stages)
         step.stages, step.stage_count = stages, len(simple)
         self._steps.append(step)
-
-    def _read(self, value: Value, index: int) -> None:
-        if value.written is None or value.written == index:
-            raise ValueError(f"no step before this one writes {value}")
-        value.read = index
-
-    def _write(self, value: Value, index: int, again: bool = False) -> None:
-        if value.written is not None and not again:
-            raise ValueError(f"{value} is written already")
-        value.written = index if value.written is None else value.written
-        value.read = index if value.read is None else max(index, value.read)
 
 
 def _windows(images: int, size: Sequence[int], geometry: native.WindowGeometry, run: int, pixel: int) -> Windows:

@@ -51,6 +51,27 @@ class Value:
         """Bytes of memory."""
         return self.rows * self.channels * self.dtype.itemsize
 
+    def note_read(self, step: int) -> None:
+        """Notes that a step reads it.
+
+        Raises:
+            ValueError: if no step before writes it.
+        """
+        if self.written is None or self.written == step:
+            raise ValueError(f"no step before this one writes {self}")
+        self.read = step
+
+    def note_written(self, step: int, again: bool = False) -> None:
+        """Notes that a step writes it, or ``again`` more of it.
+
+        Raises:
+            ValueError: if another step wrote it.
+        """
+        if self.written is not None and not again:
+            raise ValueError(f"{self} is written already")
+        self.written = step if self.written is None else self.written
+        self.read = step if self.read is None else max(step, self.read)
+
     def __str__(self) -> str:
         return f"Value({self.shape}, {self.dtype})"
 

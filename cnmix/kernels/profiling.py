@@ -1,4 +1,4 @@
-"""The ranges that ``torch.profiler`` sees around the products on the core, and who else is told of them.
+"""The ranges that ``torch.profiler`` sees around the products on the core, and who else is told of what kernels do.
 
 A range says what was multiplied: ``cnmix::matmul(int8 16x64, int16 64x10) 10240 MACs head``. What torch multiplies
 inside of one, where the compiled part does not serve, is how the core is emulated, and no float product.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 from torch import Tensor
 from torch.autograd import _profiler_enabled
@@ -24,11 +25,45 @@ _P = ParamSpec("_P")
 _Operand = FixedPoint | FixedPointBatch
 _RANGE = re.compile(r"cnmix::(\w+)\(int(\d+) [\dx]*, int(\d+) [\dx]*\) (\d+) MACs ?(.*)", re.DOTALL)
 
-ProductListener = Callable[[tuple[int, int], int, tuple[int, int]], None]
+_R = TypeVar("_R")
 
-product_listener: ContextVar[ProductListener | None] = ContextVar("product_listener", default=None)
-"""Called as ``listener(bits, macs, numbers)`` after every product of this context: widths of the two operands,
-multiply-accumulates, and how many numbers each operand has. A product that another is made of is not told."""
+Work = Literal["quantize", "product", "adapt", "look"]
+"""What time goes into: the pass that quantizes an operand, a product, what update steps do beyond the pass, and looking
+at a tensor for telemetry."""
+
+
+class KernelListener(Protocol):
+    """Is told what the kernels do in a context."""
+
+    def multiplied(self, bits: tuple[int, int], macs: int, numbers: tuple[int, int]) -> None:
+        """Takes note of a product, after it; one that another is made of is not told.
+
+        Args:
+            bits: widths of the two operands.
+            macs: multiply-accumulates.
+            numbers: how many numbers each operand has.
+        """
+
+    def spent(self, work: Work, seconds: float) -> None:
+        """Takes note of the time that work took; what it called in turn is not told."""
+
+
+_listeners: ContextVar[tuple[KernelListener, ...]] = ContextVar("kernel_listeners", default=())
+
+
+def listeners() -> tuple[KernelListener, ...]:
+    """Returns those that this context's kernels tell."""
+    return _listeners.get()
+
+
+def add_listener(listener: KernelListener) -> None:
+    """Has the kernels of this context tell it, until ``remove_listener``."""
+    _listeners.set((*_listeners.get(), listener))
+
+
+def remove_listener(listener: KernelListener) -> None:
+    """Takes that back; one that is not there is no mistake."""
+    _listeners.set(tuple(each for each in _listeners.get() if each is not listener))
 
 
 class ProfiledProduct(NamedTuple):
@@ -50,7 +85,7 @@ class ProfiledProduct(NamedTuple):
 def profiled(
     count: Callable[..., int],
 ) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
-    """Makes every call of a kernel a range while a profiler is on, and tells the listener; without either: 0.3 µs.
+    """Makes every call of a kernel a range while a profiler is on, and tells the listeners; without either: 0.3 µs.
 
     Args:
         count: returns the multiply-accumulates of a call from its arguments.
@@ -61,15 +96,12 @@ def profiled(
 
         @functools.wraps(kernel)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-            listener = product_listener.get()
-            if listener is not None:
-                token = product_listener.set(None)
-                try:
-                    result = call(*args, **kwargs)
-                finally:
-                    product_listener.reset(token)
+            told = _listeners.get()
+            if told:
+                result = _tell(told, "product", call, *args, **kwargs)
                 a, b = (cast(_Operand, each) for each in args[:2])
-                listener((a.bits, b.bits), count(*args, **kwargs), (a.values.numel(), b.values.numel()))
+                for each in told:
+                    each.multiplied((a.bits, b.bits), count(*args, **kwargs), (a.values.numel(), b.values.numel()))
                 return result
             if not _profiler_enabled():
                 return kernel(*args, **kwargs)
@@ -79,6 +111,34 @@ def profiled(
         return call
 
     return decorate
+
+
+def timed(work: Work) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Tells the listeners how long each call took; without any: 0.1 µs."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            told = _listeners.get()
+            return _tell(told, work, function, *args, **kwargs) if told else function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _tell(
+    told: tuple[KernelListener, ...], work: Work, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs
+) -> _R:
+    """Calls a function, within which nobody is told, and tells how long it took."""
+    token, started = _listeners.set(()), time.perf_counter()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        seconds = time.perf_counter() - started
+        _listeners.reset(token)
+        for each in told:
+            each.spent(work, seconds)
 
 
 def parse(name: str) -> ProfiledProduct | None:

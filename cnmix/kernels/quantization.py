@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fixed_point import ROUNDINGS, FixedPoint, absmax, choose_position, limits, storage_dtype
+from ..fixed_point import ROUNDINGS, FixedPoint, FixedPointBatch, absmax, choose_position, limits, storage_dtype
 from . import native, reference
 from .native import Statistics
 from .native.structures import FloatBatch
+from .profiling import timed
 
 # Elements quantized at a time: the float32 block stays in the processor's second-level cache.
 _QUANTIZE_BLOCK = 1 << 18
@@ -35,6 +36,7 @@ class Shares(NamedTuple):
     underflow: float
 
 
+@timed("quantize")
 def quantize(
     x: Tensor, bits: int, position: int, rounding: str = "nearest_even", *, seed: int = 0, stream: int = 0
 ) -> Tensor:
@@ -50,6 +52,7 @@ def quantize(
     return _restore_layout(out, x)
 
 
+@timed("quantize")
 def quantize_measured(
     x: Tensor,
     bits: int,
@@ -136,16 +139,18 @@ def _summed_dim(source: Tensor, dim: int | None) -> int | None:
     return dim if source.stride(dim) == inner or source.shape[dim] == 1 else None
 
 
-def saturated_share(x: FixedPoint) -> float:
+@timed("adapt")
+def saturated_share(x: FixedPoint | FixedPointBatch) -> float:
     """Returns the share of values at the limits of the format, in [0, 1]; 0 for an empty tensor."""
     if x.values.numel() == 0:
         return 0.0
-    low, high = limits(x.bits)
-    at_limits = x.values.eq(low).count_nonzero() + x.values.eq(high).count_nonzero()
-    return int(at_limits) / x.values.numel()
+    values = _flat(x.values)
+    least, largest = torch.aminmax(values)  # far quicker than to count, and few tensors reach a limit
+    reached = [limit for limit, most in zip(limits(x.bits), (least, largest), strict=True) if most.item() == limit]
+    return sum(int(values.eq(limit).count_nonzero()) for limit in reached) / values.numel()
 
 
-def shares(x: Tensor, quantized: FixedPoint) -> Shares:
+def shares(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> Shares:
     """Returns what of ``x``, float of any shape, is at either end of the format that it was quantized in.
 
     Both shares are in [0, 1], 0 for an empty tensor, and NaN where ``x`` holds NaN or infinity.
@@ -153,10 +158,12 @@ def shares(x: Tensor, quantized: FixedPoint) -> Shares:
     if not quantized.finite:
         return Shares(math.nan, math.nan)
     # Zero is zero in every format and rounding, so that the zeros that are too many underflowed.
-    lost = int(x.detach().count_nonzero()) - int(quantized.values.count_nonzero())
+    left = int(_flat(quantized.values).count_nonzero())
+    lost = int(_flat(x.detach()).count_nonzero()) - left if left < x.numel() else 0
     return Shares(saturated_share(quantized), lost / max(x.numel(), 1))
 
 
+@timed("quantize")
 def checksum(x: Tensor) -> int:
     """Returns a number that any single change of a float32 tensor, and any change of order, alters.
 
@@ -287,6 +294,13 @@ def _quantize_blocks(
             target.copy_(block.clamp_(low, -low)).clamp_(max=high)
         else:
             target.copy_(block.clamp_(low, high))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Returns the elements in the order of memory where that makes a view, else as they are."""
+    if x.is_contiguous():
+        return x.view(-1)
+    return _in_memory_order(x) if _is_dense(x) else x
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ try:
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.plugins.precision import Precision
 
-    from .callbacks import CnmixMonitor, CnmixProgressBar, CnmixSummary
+    from .callbacks import CnmixMonitor, CnmixProgressBar, CnmixSummary, CnmixTelemetry
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "lightning":
         raise
@@ -24,6 +24,7 @@ __all__ = [
     "CnmixPlugin",
     "CnmixProgressBar",
     "CnmixSummary",
+    "CnmixTelemetry",
     "FabricCnmixPlugin",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from ..plugins.callbacks import MonitorHooks, ProgressBarHooks, SummaryHooks
+from ..plugins.telemetry import TelemetryHooks
 
 
 class CnmixMonitor(MonitorHooks, Callback):
@@ -17,3 +18,7 @@ class CnmixProgressBar(ProgressBarHooks, RichProgressBar):
 
 class CnmixSummary(SummaryHooks, Callback):
     """Prints a table of the operands when fitting ends, of ``max_rows`` modules at most; needs rich."""
+
+
+class CnmixTelemetry(TelemetryHooks, Callback):
+    """Records a run in ``telemetry.jsonl``, beside the logger's files; arguments: ``TelemetryHooks``."""

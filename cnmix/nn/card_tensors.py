@@ -34,6 +34,10 @@ computes several products.
 Under a transform of ``torch.func`` and in compiled graphs nobody is told.
 """
 
+product_watcher: ContextVar[Callable[..., Any] | None] = ContextVar("product_watcher", default=None)
+"""Called as ``watcher(apply, function, *args)`` in the place of each function that multiplies in fixed point, on any
+device: ``apply(function, *args)`` computes it, and what the watcher returns is its result."""
+
 _Teller = Callable[[str, list[str], Any], None]
 
 # The first operands of every product, as its observers know them.
@@ -70,6 +74,11 @@ def apply_on_host(function: type[torch.autograd.Function], *args: Any) -> Any:
     Raises:
         RuntimeError: if some are on one device and some on another.
     """
+    watcher = product_watcher.get()
+    return _apply(function, *args) if watcher is None else watcher(_apply, function, *args)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if args[0].is_cpu and args[1].is_cpu:
         return function.apply(*args)
     return _card_form(function).apply(*args)
@@ -116,6 +125,21 @@ def to_host(x: Any) -> Any:
 def to_device_of(x: Tensor, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns host tensors as tensors of the card that ``x`` is on, if it is on one."""
     return tuple(results) if x.is_cpu else _on_card(tuple(results), x.get_device())
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what computes as a function of the host's tensors does, wherever the tensors are.
+
+    Args:
+        function: takes a tensor first, and others with it as they are; returns one or a tuple of them.
+    """
+
+    @functools.wraps(function)
+    def computed(x: Tensor, *args: Any) -> Any:
+        results = function(to_host(x), *map(to_host, args))
+        return results if x.is_cpu else _on_card(results, x.get_device())
+
+    return computed
 
 
 def host_by_default() -> AbstractContextManager[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,11 @@ class FunctionProducts:
         expected: places of products in the state that was loaded, which were not called since.
         unexpected: places that are not in it, and were called.
         frozen: whether they are fixed for inference, and no new ones come to be.
+        on_make: is called with the module and the quantizers that come to be, before they decide. A copy has none.
     """
 
     frozen = False
+    on_make: Callable[[nn.Module, ModuleQuantizers], None] | None = None
 
     def __init__(self, configs: OperandConfigs, fqn: str, latest_input: LatestInput, ranks: Ranks) -> None:
         self.configs: dict[Product, OperandConfigs] = {"matmul": configs, "convolution": configs}
@@ -87,7 +89,9 @@ class FunctionProducts:
         return f"{name}.{(operand.storage_offset() - whole.storage_offset()) // max(1, operand.numel())}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_names": {}}  # of the parameters of this very module
+        state = {**self.__dict__, "_names": {}}  # of the parameters of this very module
+        state.pop("on_make", None)
+        return state
 
     def make(self, module: nn.Module, place: str) -> ModuleQuantizers:
         """Gives the module, whose attribute this is, quantizers for the product of this place."""
@@ -101,6 +105,8 @@ class FunctionProducts:
             of_function=True,
         )
         attach(module, {place: made})
+        if self.on_make is not None:
+            self.on_make(module, made)
         return made
 
     def report_unexpected(self) -> None:

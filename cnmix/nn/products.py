@@ -40,6 +40,19 @@ class ConvolutionGeometry(NamedTuple):
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        transposed: bool,
+        output_padding: Sequence[int],
+    ) -> ConvolutionGeometry:
+        """Returns the geometry that an operator of torch got, as lists."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding))
+
     @property
     def of_kernels(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         """Stride, padding, dilation and groups, as ``kernels`` takes them."""

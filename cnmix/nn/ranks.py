@@ -23,7 +23,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ..fixed_point import BITS
+from ..kernels.profiling import timed
 from ..operand import Observation, Rounds
+from .closing import Closing
 from .places import FUNCTIONS, quantizers_of
 from .recomputation import current_backward, in_reentrant_backward
 
@@ -39,6 +41,7 @@ _EXPONENT_SLOTS = 4
 # Rounds after which an operand is asked for again that no process runs.
 _LONGEST_PATIENCE = 1024
 _ROW = 3 + _EXPONENT_SLOTS + 2 * len(BITS)  # see pack
+_NEVER = 2**62  # a round that does not come
 
 
 class Ranks:
@@ -51,9 +54,11 @@ class Ranks:
 
     Attributes:
         group: the processes; None where this process decides alone.
+        closing: when the adaptive strategy closes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, close_after: int = 0) -> None:
+        self.closing = Closing(close_after)
         self.group: dist.ProcessGroup | None = None
         self._chosen: dist.ProcessGroup | None = None
         self._wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -68,11 +73,13 @@ class Ranks:
         self._queued_in = -1
         self._nested = False
         self._searched = False
+        self._stays_alone = False
         self._sharded = False
         self._hooks: list[Any] = []
 
     def add(self, member: ModuleQuantizers) -> None:
         """Takes in the quantizers of a module, or of a function that it called for the first time."""
+        self._close([member] if self.closing.closed else [])
         if member.of_function:  # perhaps in this process alone
             self._newcomers = [each for each in self._newcomers if each() is not None] + [weakref.ref(member)]
             return
@@ -84,12 +91,20 @@ class Ranks:
         self._chosen = group or self._chosen
         self._searched = False
 
+    def stay_alone(self) -> None:
+        """Has this process decide alone, whatever else trains: in a step of trial that it takes for itself."""
+        self._stays_alone = True
+
     def states_were_loaded(self) -> None:
         """Has this round end with a decision, before which nobody knows how many rounds the new states are to last."""
         self._next_collective, self._last_collective = self._rounds.present, self._rounds.present - 1
 
     def forward_begins(self) -> None:
         """Is called before a module quantizes for a training step."""
+        if self.closing.forward_begins():
+            self._close(found for each in (*self._members, *self._newcomers) if (found := each()) is not None)
+        if self._stays_alone:
+            return
         if not dist.is_available() or not dist.is_initialized():
             if self.group is not None or self._chosen is not None:
                 self._chosen = None
@@ -103,6 +118,7 @@ class Ranks:
 
     def backward_begins(self) -> None:
         """Is called in a backward pass, before a module quantizes its ``grad_output``, and with the first gradient."""
+        self.closing.backward_begins()
         task = current_backward()
         if self.group is None or not self._averages or task in (-1, self._queued_in):
             return
@@ -111,6 +127,11 @@ class Ranks:
             return
         self._queued_in = task
         torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
+
+    def _close(self, members: Iterable[ModuleQuantizers]) -> None:
+        for member in members:
+            for _, quantizer in member:
+                quantizer.closed = True
 
     def _find_group(self) -> dist.ProcessGroup | None:
         wrapper = DistributedDataParallel._active_ddp_module
@@ -232,6 +253,7 @@ class Ranks:
         self._newcomers += [weakref.ref(member) for member in members if member.of_function]
         self._members = [weakref.ref(member) for member in members if not member.of_function]
 
+    @timed("adapt")
     def _end_round(self) -> None:
         """Ends a round: adds up what the processes noted, if one measured, and gives every quantizer the same state."""
         self._nested = False
@@ -244,14 +266,15 @@ class Ranks:
             return
         quantizers = [quantizer for each in self._members for _, quantizer in each() or ()]
         rows = [pack(each.state.step, each.observation) for each in quantizers]
-        rows.append([float(sum(each() is not None for each in self._newcomers))] + [0.0] * (_ROW - 1))
+        newcomers = sum(each() is not None for each in self._newcomers)
+        rows.append([float(newcomers), float(self.closing.closed)] + [0.0] * (_ROW - 2))
         total = torch.tensor(rows, dtype=torch.float64)
         if "cpu" not in dist.get_backend_config(self.group):
             total = total.cuda()
         dist.all_reduce(total, group=self.group)
         rounds = present - self._last_collective
         self._last_collective = present
-        *sums, newcomers = total.tolist()
+        *sums, (newcomers, closed, *_) = total.tolist()
         for quantizer, row in zip(quantizers, sums, strict=True):
             observation = quantizer.observation
             if observation is not None and row[0]:
@@ -261,20 +284,22 @@ class Ranks:
             elif observation is not None and observation.due_round <= present:  # no process ran it
                 observation.due_round = present + observation.patience
                 observation.patience = min(2 * observation.patience, _LONGEST_PATIENCE)
-        if newcomers[0]:
+        if newcomers:
             self._take_in_newcomers(self.group)
             quantizers = [quantizer for each in self._members for _, quantizer in each() or ()]
-        due = [each.observation.due_round for each in quantizers if each.observation is not None]
-        self._next_collective = min(due, default=present + 1)
+        over = closed == dist.get_world_size(self.group)  # what has a position is not measured again, in any of them
+        asked = [each for each in quantizers if not over or each.state.position is None]
+        due = [each.observation.due_round for each in asked if each.observation is not None]
+        self._next_collective = min(due, default=_NEVER if over else present + 1)
         # An update that saturation brings forward is one that no process knows of the others.
-        self._every_round = any(each.config.saturation is not None for each in quantizers)
+        self._every_round = any(each.config.saturation is not None for each in asked)
         if self._sharded:
             from .sharded import gather_integers  # which needs the modules, and they need this
 
             gather_integers(all_parameter_groups())
 
-    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:  # a copy finds its own
-        return Ranks, ()
+    def __reduce__(self) -> tuple[type[Ranks], tuple[int]]:  # a copy finds its own
+        return Ranks, (self.closing.count,)
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:

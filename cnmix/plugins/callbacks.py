@@ -19,6 +19,7 @@ from ..config import OPERANDS, check_names
 from ..nn import ModuleQuantizers, callers, quantizer_sets, quantizers_of
 from ..nn.function_calls import function_products
 from ..rules import matches, no_module_called
+from ..telemetry.rules import check_every_n_steps, is_due
 from .operand_table import operand_table
 
 logger = logging.getLogger("cnmix")
@@ -46,8 +47,7 @@ class MonitorHooks:
     """
 
     def __init__(self, every_n_steps: int = 50, modules: Sequence[str] = (), operands: Sequence[str] = ()) -> None:
-        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be a whole number of steps, at least 1, got {every_n_steps!r}")
+        check_every_n_steps(every_n_steps)
         for name, given in (("modules", modules), ("operands", operands)):
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise TypeError(f"CnmixMonitor's {name} must be a list of names, got {given!r}: write [{given!r}]")
@@ -84,8 +84,7 @@ class MonitorHooks:
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Has the quantizers look at their shares, on the first batch of a step that is to be logged."""
-        # Not by the remainder: manual optimization may take several steps in a batch.
-        due = trainer.global_step // self.every_n_steps > self._latest_step // self.every_n_steps
+        due = is_due(self.every_n_steps, trainer.global_step, self._latest_step)
         self._latest_step = trainer.global_step
         if due and self._watching:
             self._asked_at = trainer.global_step

@@ -14,6 +14,8 @@ import cnmix
 from cnmix import QuantizeConfig, inference
 from cnmix.nn import convert
 
+SECONDS = 1.0  # within which a bad file is refused
+
 
 class Everything(nn.Module):
     """A residual, a concatenation, pooling, upsampling and linear layers; returns a dict."""

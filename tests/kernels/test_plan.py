@@ -1,4 +1,4 @@
-import threading
+"""What the steps of plans compute."""
 
 import pytest
 import torch
@@ -6,153 +6,25 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnmix.inference.norms import fused_multiply_add
-from cnmix.kernels import native, plan
 from cnmix.kernels.plan import Add, AddValue, Clamp, LeakyRelu, Multiply, MultiplyAdd, Plan, Quantize, Relu, Store
 
+from .plan_checks import (
+    PLANS,
+    channels_last,
+    check_chain,
+    check_product,
+    draw_chain,
+    empty,
+    exact_sums,
+    reference_chain,
+    run,
+    same_bits,
+    to_integers,
+)
 from .strategies import FILLS, integers, nearly_cancelling, rounded_once
-from .strategies import same_bits as same_floats
-
-pytestmark = pytest.mark.skipif(not plan.serves(), reason="plans need the compiled part and AVX-512 VNNI")
 
 CHANNELS = (1, 3, 5, 16, 17, 33, 64, 96)
-ISAS = (3, 4)
-
-
-@pytest.fixture(scope="module", params=ISAS, ids=("VNNI", "AMX"), autouse=True)
-def instructions(request):
-    library = native.library()
-    best = library.cnmix_isa(-1)
-    if request.param > best:
-        pytest.skip("this processor has not these instructions")
-    library.cnmix_isa(request.param)
-    yield request.param
-    library.cnmix_isa(best)
-
-
-def same_bits(a, b):
-    return torch.equal(a, b) if a.dtype == b.dtype != torch.float32 else same_floats(a, b)
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def empty(value):
-    return channels_last(torch.full(value.shape, 77, dtype=value.dtype))
-
-
-def run(made, inputs, values, threads=(1, 2)):
-    """Finishes and runs a plan; any number of threads gives the same bits."""
-    made.finish()
-    results = []
-    for count in threads:
-        torch.set_num_threads(count)
-        outputs = [empty(value) for value in values]
-        assert made.run(inputs, outputs)
-        results.append(outputs)
-    for other in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
-    return results[0]
-
-
-def exact_sums(x, weight, stride=(), padding=(), dilation=(), groups=1):
-    """float32 of the integer sums, which float64 holds; integers have no negative zero."""
-    if weight.dim() == 2:
-        return (x.double().movedim(1, -1) @ weight.double().t()).movedim(-1, 1).float() + 0.0
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-    return convolve(x.double(), weight.double(), None, stride, padding, dilation, groups).float() + 0.0
-
-
-def to_integers(x, bits, position):
-    limit = 2.0 ** (bits - 1)
-    rounded = (x.double() * 2.0**-position).round().clamp(-limit, limit - 1)
-    return rounded.to(torch.int8 if bits == 8 else torch.int16)
-
-
-def per_channel(values, like):
-    return values.view(-1, *(1,) * (like.dim() - 2))
-
-
-def reference_chain(x, stages):
-    """Applies a chain whose values stand for tensors; returns what it wrote."""
-    written = []
-    for stage in stages:
-        match stage:
-            case Multiply(Tensor() as factors):
-                x = x * per_channel(factors, x)
-            case Multiply(factor):
-                x = x * torch.tensor(factor, dtype=torch.float32)
-            case Add(terms):
-                x = x + per_channel(terms, x)
-            case MultiplyAdd(factors, terms):
-                x = fused_multiply_add(x, per_channel(factors, x), per_channel(terms, x))
-            case AddValue(value):
-                x = x + value
-            case Relu():
-                x = torch.relu(x)
-            case LeakyRelu(slope):
-                x = torch.where(x > 0, x, x * slope)
-            case Clamp(low, high):
-                x = torch.clamp(x, low, high)
-            case Store():
-                written.append(x)
-            case Quantize(_, bits, position):
-                written.append(to_integers(x, bits, position))
-    return written
-
-
-Tensor = torch.Tensor
-
-
-def draw_chain(data, channels, shape, scale):
-    """A chain on elements of about `scale`, ending in floats and integers; values stand for tensors."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
-    position = data.draw(st.integers(-3, 3))
-    makers = {
-        "number": lambda: Multiply(0.3),
-        "factors": lambda: Multiply(torch.rand(channels, generator=generator) + 0.5),
-        "terms": lambda: Add(torch.randn(channels, generator=generator)),
-        "both": lambda: MultiplyAdd(*torch.randn(2, channels, generator=generator)),
-        "residual": lambda: AddValue(torch.randn(shape, generator=generator)),
-        "relu": Relu,
-        "leaky": lambda: LeakyRelu(0.1),
-        "clamp": lambda: Clamp(-3.0, 2.5),
-        "store": lambda: Store(None),
-        "int8": lambda: Quantize(None, 8, position - 5),
-        "int16": lambda: Quantize(None, 16, position - 12),
-    }
-    names = data.draw(st.lists(st.sampled_from(sorted(makers)), max_size=6))
-    chain = [Multiply(scale), *(makers[name]() for name in names)]
-    return [*chain, Store(None), Quantize(None, 8, position - 6)]
-
-
-def check_chain(made, add, stages, shape, sums, inputs):
-    """Builds the chain with the plan's values, runs it and compares all that it wrote."""
-    chain, outputs = [], []
-    for stage in stages:
-        if isinstance(stage, AddValue):
-            inputs.append(stage.value)
-            chain.append(AddValue(made.input(shape, torch.float32)))
-        elif isinstance(stage, Store):
-            outputs.append(made.output(shape, torch.float32))
-            chain.append(Store(outputs[-1]))
-        elif isinstance(stage, Quantize):
-            outputs.append(made.output(shape, torch.int8 if stage.bits == 8 else torch.int16))
-            chain.append(stage._replace(value=outputs[-1]))
-        else:
-            chain.append(stage)
-    add(chain)
-    for result, expected in zip(run(made, inputs, outputs), reference_chain(sums, stages), strict=True):
-        assert same_bits(result, expected)
-
-
-def check_product(data, x, weight, **geometry):
-    sums = exact_sums(x, weight, **geometry)
-    stages = draw_chain(data, sums.shape[1], sums.shape, 2.0**-14)
-    made = Plan()
-    source = made.input(x.shape, torch.int8)
-    check_chain(made, lambda chain: made.product(source, weight, chain, **geometry), stages, sums.shape, sums, [x])
+pytestmark = PLANS
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3), st.sampled_from(("one", "two", "each")))
@@ -256,41 +128,6 @@ def test_concatenation_and_upsampling(channels, dtype):
     assert same_bits(result, torch.cat(parts, 1).repeat_interleave(2, 2).repeat_interleave(3, 3))
 
 
-def residual_network(blocks=5, channels=40, size=9):
-    """Returns a plan of residual blocks, an input and what its two outputs should be."""
-    made, shape = Plan(), (2, channels, size, size)
-    weights = [integers((channels, channels, 3, 3), 8, seed=i) for i in range(2 * blocks)]
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
-    x = torch.randn(shape)
-    inside = made.value(shape, torch.float32)
-    integer = made.value(shape, torch.int8)
-    made.elements(made.input(shape, torch.float32), [Store(inside), Quantize(integer, 8, -5)])
-    known, known_integer = x, to_integers(x, 8, -5)
-    for first, second in zip(weights[::2], weights[1::2], strict=True):
-        middle, after, after_integer = (made.value(shape, d) for d in (torch.int8, torch.float32, torch.int8))
-        made.product(integer, first, [Multiply(2.0**-14), Relu(), Quantize(middle, 8, -5)], **geometry)
-        chain = [Multiply(2.0**-14), AddValue(inside), LeakyRelu(0.25), Store(after), Quantize(after_integer, 8, -4)]
-        made.product(middle, second, chain, **geometry)
-        known_middle = to_integers(torch.relu(exact_sums(known_integer, first, **geometry) * 2.0**-14), 8, -5)
-        known = F.leaky_relu(exact_sums(known_middle, second, **geometry) * 2.0**-14 + known, 0.25)
-        known_integer = to_integers(known, 8, -4)
-        inside, integer = after, after_integer
-    outputs = made.output(shape, torch.float32), made.output(shape, torch.int8)
-    copy = made.value(shape, torch.float32)
-    made.elements(inside, [Store(copy)])
-    made.elements(copy, [Store(outputs[0]), Quantize(outputs[1], 8, -4)])
-    return made, x, outputs, (known, known_integer)
-
-
-def test_values_share_memory():
-    made, x, outputs, expected = residual_network()
-    results = run(made, [x], outputs, threads=(1, 2, 3))
-    assert len(made.profile([x], results)) == 13
-    assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
-    # A sum with a residual takes its place, and no block needs memory of its own.
-    assert made.arena_bytes < 2 * x.numel() * 4 + 3 * x.numel()
-
-
 @pytest.mark.parametrize("position", [-6, -1, 3])
 @pytest.mark.parametrize("middle", [Relu(), LeakyRelu(0.1), Clamp(-20.0, 30.0)])
 @pytest.mark.parametrize("roundings", [1, 2])
@@ -342,50 +179,6 @@ def test_constants_that_are_not_finite(constants):
     made.product(source, weight, [*constants, Relu(), Quantize(target, 8, 0)])
     made.finish()
     assert not made.run([x], [empty(target)])
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_larger_batches_take_turns(last):
-    made, x, outputs, _ = residual_network(blocks=2)
-    made.finish()
-    parts = [x, x * 2, x.flip(0)]
-    expected = [[empty(value) for value in outputs] for _ in parts]
-    for part, results in zip(parts, expected, strict=True):
-        assert made.run([part], results)
-    batch = torch.cat(parts)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results = [channels_last(torch.zeros(6, *value.shape[1:], dtype=value.dtype)) for value in outputs]
-        assert made.run([channels_last(batch) if last else batch], results)
-        assert all(same_bits(a, torch.cat(b)) for a, b in zip(results, zip(*expected, strict=True), strict=True))
-    with pytest.raises(ValueError, match="the plan takes Value"):
-        made.run([batch], expected[0])
-    with pytest.raises(ValueError, match="the plan takes Value"):
-        made.run([batch[:5]], [result[:5] for result in results])
-
-
-def test_any_thread_may_run_a_plan():
-    made, x, outputs, _ = residual_network(blocks=2)
-    made.finish()
-    inputs = [x * scale for scale in (1, 2, 3)]
-    expected = [[empty(value) for value in outputs] for _ in inputs]
-    for one, results in zip(inputs, expected, strict=True):
-        made.run([one], results)
-    wrong = []
-
-    def work(index):
-        for _ in range(10):
-            results = [empty(value) for value in outputs]
-            if not made.run([inputs[index]], results):
-                wrong.append(index)
-            wrong.extend(index for a, b in zip(results, expected[index], strict=True) if not same_bits(a, b))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -451,62 +244,3 @@ def test_longest_sum():
     assert result.unique().item() == torch.tensor(131071 * 2**14).float().item()
     with pytest.raises(ValueError, match="K of 131072"):
         Plan().product(Plan().input((1, 131072), torch.int8), integers((2, 131072), 8), [])
-
-
-def test_strided_inputs():
-    x = torch.randn(2, 5, 8, 6)
-    sliced = torch.randn(2, 5, 8, 12)[..., ::2].copy_(x)
-    made = Plan()
-    source, other = made.input(x.shape, torch.float32), made.input(x.shape, torch.float32)
-    target = made.output(x.shape, torch.float32)
-    made.elements(source, [AddValue(other), Store(target)])
-    made.finish()
-    for given_x in (x, sliced, channels_last(x)):
-        for given_other in (x, sliced, channels_last(x)):
-            outputs = [empty(target)]
-            assert made.run([given_x, given_other], outputs)
-            assert same_bits(outputs[0], x + x)
-
-
-def test_mistakes_are_named():
-    made = Plan()
-    image, rows = made.input((1, 4, 5, 5), torch.int8), made.input((2, 8), torch.float32)
-    weight = integers((6, 4, 3, 3), 8)
-    with pytest.raises(ValueError, match="multiplies int8"):
-        made.product(rows, weight, [])
-    with pytest.raises(ValueError, match="does not fit"):
-        made.product(image, integers((6, 3, 3, 3), 8), [])
-    with pytest.raises(ValueError, match="a number for each"):
-        made.product(image, weight, [], stride=(1,))
-    with pytest.raises(ValueError, match="Store of 9 rows of 6 channels"):
-        made.product(image, weight, [Store(made.output((1, 6, 5, 5), torch.float32))])
-    with pytest.raises(ValueError, match="constants of 8 channels"):
-        made.elements(rows, [Add(torch.zeros(7))])
-    with pytest.raises(ValueError, match="constants of 8 channels"):
-        made.elements(rows, [MultiplyAdd(torch.zeros(8), torch.zeros(7))])
-    with pytest.raises(ValueError, match="no step before"):
-        made.elements(made.value((2, 8), torch.float32), [])
-    with pytest.raises(ValueError, match="at most 32 stages"):
-        made.elements(rows, [Relu()] * 33)
-    with pytest.raises(ValueError, match="repeated"):
-        made.upsample_nearest(image, made.value((1, 4, 6, 5), torch.int8))
-    with pytest.raises(ValueError, match="side by side"):
-        made.concatenate([image], made.value((1, 5, 5, 5), torch.int8))
-    made = Plan()
-    rows, target = made.input((2, 8), torch.float32), made.output((2, 8), torch.float32)
-    with pytest.raises(ValueError, match="no step writes"):
-        made.finish()
-    made.elements(rows, [Store(target)])
-    with pytest.raises(ValueError, match="written already"):
-        made.elements(rows, [Store(target)])
-    with pytest.raises(ValueError, match="finish the plan"):
-        made.run([], [])
-    made.finish()
-    with pytest.raises(ValueError, match="takes 1 inputs"):
-        made.run([], [])
-    with pytest.raises(ValueError, match="the plan takes Value"):
-        made.run([torch.zeros(2, 7)], [torch.zeros(2, 8)])
-    with pytest.raises(ValueError, match="channels last"):
-        made.run([torch.zeros(2, 8)], [torch.zeros(8, 2).t()])
-    with pytest.raises(ValueError, match="finished"):
-        made.elements(rows, [])

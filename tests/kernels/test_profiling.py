@@ -62,18 +62,37 @@ def test_other_names_are_none():
     assert profiling.parse("cnmix::product") is None
 
 
+class Heard:
+    def __init__(self):
+        self.products, self.work = [], []
+
+    def multiplied(self, *what):
+        self.products.append(what)
+
+    def spent(self, work, seconds):
+        assert seconds > 0
+        self.work.append(work)
+
+
+@pytest.fixture
+def heard():
+    listener = Heard()
+    profiling.add_listener(listener)
+    yield listener
+    profiling.remove_listener(listener)
+    assert profiling.listeners() == ()
+
+
 @pytest.mark.parametrize("kind", CALLS)
-def test_a_listener_is_told_what_was_multiplied_once(kind):
-    told = []
-    token = profiling.product_listener.set(lambda *what: told.append(what))
-    try:
-        torch.manual_seed(0)
-        found = CALLS[kind]()
-    finally:
-        profiling.product_listener.reset(token)
+def test_a_listener_is_told_what_was_multiplied_once(kind, heard):
+    torch.manual_seed(0)
+    found = CALLS[kind]()
+    assert heard.work.count("product") == 1
+    ((bits, macs, numbers),) = heard.products
+    profiling.remove_listener(heard)
     torch.manual_seed(0)
     assert torch.equal(CALLS[kind](), found)
-    ((bits, macs, numbers),) = told
+    assert len(heard.products) == 1
     assert (bits, macs) == ((8, 16), MACS.get(kind, ONE_CONVOLUTION))
     sizes = {
         "matmul": (15, 35),
@@ -85,13 +104,19 @@ def test_a_listener_is_told_what_was_multiplied_once(kind):
     assert numbers == sizes[kind]
 
 
-def test_a_listener_hears_nothing_of_a_product_that_fails():
-    told = []
-    token = profiling.product_listener.set(lambda *what: told.append(what))
-    try:
-        with pytest.raises(ValueError, match="smaller than the kernel"):
-            kernels.convolution(operand(1, 1, 2, 2), operand(1, 1, 3, 3), (1, 1), (0, 0), (1, 1), 1)
-        kernels.matmul(operand(3, 5), operand(5, 7))
-    finally:
-        profiling.product_listener.reset(token)
-    assert told == [((8, 8), 105, (15, 35))]
+def test_a_listener_hears_nothing_of_a_product_that_fails(heard):
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        kernels.convolution(operand(1, 1, 2, 2), operand(1, 1, 3, 3), (1, 1), (0, 0), (1, 1), 1)
+    kernels.matmul(operand(3, 5), operand(5, 7))
+    assert heard.products == [((8, 8), 105, (15, 35))]
+
+
+def test_all_listeners_are_told_of_the_outermost_work(heard):
+    other = Heard()
+    profiling.add_listener(other)
+    x = torch.randn(7, 5)
+    kernels.quantize_measured(x, 8, None, with_checksum=True)
+    kernels.quantize_batch(x, 8)
+    profiling.remove_listener(other)
+    kernels.quantize(x, 8, 0)
+    assert (heard.work, other.work) == (["quantize"] * 3, ["quantize"] * 2)

@@ -40,6 +40,7 @@ def package(request):
             Monitor=ours.CnmixMonitor,
             ProgressBar=ours.CnmixProgressBar,
             Summary=ours.CnmixSummary,
+            Telemetry=ours.CnmixTelemetry,
         )
 
 

@@ -12,13 +12,46 @@ from typing import Any
 
 import pytest
 import torch
-from documents import blocks, run
+from documents import blocks as blocks_of
+from documents import execute
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnmix.torch_mlu.fusion_groups import FusionGroup
 from cnmix.torch_mlu.settings import settings
+
+DOCUMENTS = Path(__file__).parent / "documents"
+
+
+def blocks(document: str) -> dict[str, str]:
+    """Returns a document's blocks by what they are about."""
+    return {block.heading: block.source for block in blocks_of((DOCUMENTS / f"{document}.md").read_text())}
+
+
+def run(
+    document: str, names: list[str], given: dict[str, Any], corrections: dict[str, dict[str, str]] | None = None
+) -> None:
+    """Runs blocks in one namespace, which starts with what the document takes as given.
+
+    Args:
+        document: whose blocks.
+        names: of the blocks, in order.
+        given: the namespace.
+        corrections: of the blocks that are no Python as they are printed: what replaces what.
+    """
+    of_document = blocks(document)
+    for name in names:
+        source = of_document[name]
+        for wrong, right in (corrections or {}).get(name, {}).items():
+            try:
+                compile(source, name, "exec")
+            except SyntaxError:
+                assert wrong in source
+                source = source.replace(wrong, right)
+            else:
+                raise AssertionError(f"{document}, {name!r} runs as it is printed")
+        execute(source, f"{document}: {name}", given)
 
 
 @pytest.fixture(autouse=True)

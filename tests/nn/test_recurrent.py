@@ -315,7 +315,7 @@ def test_nan_is_named_and_passes(caplog):
     y.sum().backward()
     assert all(parameter.grad.isnan().all() for parameter in module.parameters())
     found = [record.getMessage() for record in caplog.records]
-    assert found[0] == "NaN or infinity in input of 'LSTM..l0.input': the products with it are NaN"
+    assert found[0] == "NaN or infinity in input of 'LSTM..l0.input' (training step 0): the products with it are NaN"
     assert all(
         not quantizer.state.updates
         for _, each in quantizer_sets(module)

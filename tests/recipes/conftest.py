@@ -48,6 +48,11 @@ def imagenet() -> ModuleType:
     return load_recipe("imagenet")
 
 
+@pytest.fixture(scope="session")
+def crnn() -> ModuleType:
+    return load_recipe("crnn")
+
+
 @contextlib.contextmanager
 def importing(folder: Path) -> Iterator[None]:
     """Lets scripts import the files beside them by their plain names, which others may have too."""
@@ -59,8 +64,15 @@ def importing(folder: Path) -> Iterator[None]:
     finally:
         sys.path[:] = paths
         for name in set(sys.modules) - before:
-            if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(RECIPES):
+            file = Path(getattr(sys.modules[name], "__file__", None) or "/")
+            if file.is_relative_to(RECIPES) or file.is_relative_to(folder):
                 del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Iterator[ModuleType]:
+    with importing(RECIPES.parent / "benchmarks"):
+        yield importlib.import_module("recipes_accuracy")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
+import itertools
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-
-import cnmix
-from cnmix import checkpoint
 
 
 @pytest.mark.parametrize(("name", "parameters", "layers"), [("resnet50", 25_557_032, 54), ("vgg19", 143_667_240, 19)])
@@ -42,19 +43,122 @@ def test_images(imagenet):
     assert torch.equal(imagenet.images(20, seed=3, side=16)[0], x)
 
 
-def test_a_checkpoint_of_a_small_one(imagenet, tmp_path):
+def test_narrow_ones(imagenet):
+    resnet, vgg = imagenet.resnet50(10, width=16), imagenet.vgg19(10, width=8, dropout=0.1)
+    whole = imagenet.resnet50, imagenet.vgg19
+    for model, build, width in zip((resnet, vgg), whole, (16, 8), strict=True):
+        with torch.device("meta"):
+            expected = {name: each.shape for name, each in build().state_dict().items()}
+        assert list(model.state_dict()) == list(expected)
+        for name, value in model.state_dict().items():
+            outputs = expected[name][:1]
+            assert value.shape[:1] == (outputs if outputs in ((), (1000,)) else (outputs[0] * width // 64,)) or (
+                outputs == (1000,) and len(value) == 10
+            )
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert {module.p for module in vgg.modules() if isinstance(module, nn.Dropout)} == {0.1}
+    for build in whole:
+        with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+            build(10, width=0)
+
+
+def test_published_weights_at_the_start(imagenet):
     torch.manual_seed(0)
-    model = imagenet.ResNet((1, 1, 1, 1), num_classes=12)
-    imagenet.make_checkpoint(tmp_path / "net.ckpt", model, steps=2, batch_size=2, side=32)
-    x, targets = imagenet.images(96, side=32)
-    with torch.no_grad():
-        assert model(x).shape == (96, 12)
-        assert (model(x).argmax(1) == targets).float().mean() > 0.9  # what the last layer was fitted to
-    saved = checkpoint.load(tmp_path / "net.ckpt")
-    plain = imagenet.ResNet((1, 1, 1, 1), num_classes=12)
-    plain.load_state_dict(saved["state_dict"])
-    assert torch.equal(plain.fc.weight, model.fc.weight)
-    modules = saved["cnmix"]["models"][0]["modules"]
-    assert len(modules) == 18
-    assert {each["operands"]["input"]["bits"] for each in modules.values()} == {8}
-    assert not any(isinstance(module, cnmix.nn.QuantizedModule) for module in model.modules())
+    first = imagenet.VGG(((2,),), 10, features=4096).classifier[0].weight
+    assert first.std().item() == pytest.approx(0.01, rel=0.02)
+
+
+def test_drawn(imagenet):
+    train, test = imagenet.drawn(30, 20, side=16, noise=1.0)
+    assert [tuple(each.shape) for each in (*train.tensors, *test.tensors)] == [
+        (30, 3, 16, 16),
+        (30,),
+        (20, 3, 16, 16),
+        (20,),
+    ]
+    assert not torch.equal(train.tensors[0][:20], test.tensors[0])
+    assert torch.equal(imagenet.drawn(30, 20, side=16, noise=1.0)[0].tensors[0], train.tensors[0])
+
+
+class TestLoad:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        generator = np.random.default_rng(0)
+        for part, name in itertools.product(("train", "val"), ("cat", "dog")):
+            place = tmp_path / part / name
+            place.mkdir(parents=True)
+            for number, size in enumerate(((40, 60, 3), (60, 40), (50, 50, 4))):  # colours, grey, with transparency
+                pixels = generator.integers(0, 256, size, dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+            Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place / "3.JPG")
+            (place / "notes.txt").write_text("no image")
+        return tmp_path
+
+    def test_images_and_classes(self, imagenet, folder):
+        train, test = imagenet.load(folder, side=32, classes=2)
+        assert (len(train), len(test)) == (8, 8)
+        images, targets = next(iter(torch.utils.data.DataLoader(train, batch_size=8)))
+        assert images.dtype == torch.float32
+        assert images.shape == (8, 3, 32, 32)
+        assert targets.dtype == torch.int64
+        assert targets.tolist() == [0] * 4 + [1] * 4
+        assert torch.equal(test[0][0], imagenet.read_image(folder / "val" / "cat" / "0.png", 32))
+
+    def test_training_draws_and_evaluation_does_not(self, imagenet, folder):
+        train, test = imagenet.load(str(folder), side=32, classes=2)
+        torch.manual_seed(0)
+        first, second = train[0][0], train[0][0]
+        assert not torch.equal(first, second)
+        torch.manual_seed(0)
+        assert torch.equal(train[0][0], first)
+        state = torch.get_rng_state()
+        assert torch.equal(test[0][0], test[0][0])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_flips_half(self, imagenet, tmp_path):
+        pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+        pixels[:, 16:] = 255
+        Image.fromarray(pixels).save(tmp_path / "half.png")
+        torch.manual_seed(0)
+        read = [imagenet.read_image(tmp_path / "half.png", 8, augment=True) for _ in range(60)]
+        left = sum(bool(x[0, :, 0].mean() > x[0, :, -1].mean()) for x in read)
+        right = sum(bool(x[0, :, 0].mean() < x[0, :, -1].mean()) for x in read)
+        assert min(left, right) > 15
+
+    @pytest.mark.parametrize("size", [(50, 40), (40, 50), (400, 10), (1, 1)])
+    def test_random_parts(self, imagenet, size):
+        torch.manual_seed(0)
+        for _ in range(100):
+            left, top, right, bottom = imagenet.random_part(*size)
+            assert 0 <= left < right <= size[0]
+            assert 0 <= top < bottom <= size[1]
+            if (right - left, bottom - top) != size:
+                assert 0.5 < (right - left) / (bottom - top) < 2
+                assert 0.07 < (right - left) * (bottom - top) / (size[0] * size[1]) <= 1
+
+    @pytest.mark.parametrize("missing", ["train", "val"])
+    def test_missing_images(self, imagenet, folder, missing):
+        for file in (folder / missing).rglob("*.*"):
+            file.unlink()
+        with pytest.raises(FileNotFoundError) as caught:
+            imagenet.load(folder, classes=2)
+        for part in (f"{folder / missing} has no images", str(folder), "train/<class>/x.jpg and val/<class>/x.jpg"):
+            assert part in str(caught.value)
+
+    def test_missing_folder(self, imagenet, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"absent/train has no images.*data\.args\.folder="):
+            imagenet.load(tmp_path / "absent")
+
+    def test_other_classes(self, imagenet, folder):
+        with pytest.raises(ValueError, match=r"has 2 classes, and the network tells 1000 apart: give model\.args"):
+            imagenet.load(folder)
+        (folder / "val" / "dog").rename(folder / "val" / "cow")
+        with pytest.raises(ValueError, match="must have the same classes, only one of them has cow, dog"):
+            imagenet.load(folder, classes=2)
+
+    def test_damaged(self, imagenet, folder):
+        file = folder / "train" / "cat" / "0.png"
+        file.write_bytes(b"no image")
+        train, _ = imagenet.load(folder, side=32, classes=2)
+        with pytest.raises(ValueError, match=r"0\.png is damaged, or no image"):
+            train[0]

@@ -27,7 +27,7 @@ def small(imagenet_test, monkeypatch, tmp_path):
     monkeypatch.setattr(networks, "resnet50", lambda classes=10: networks.ResNet((1, 1, 1, 1), classes))
     monkeypatch.setattr(networks, "vgg19", vgg)
     monkeypatch.setattr(networks, "images", lambda count, seed=0, side=SIDE: drawn(count, seed, SIDE))
-    monkeypatch.setattr(networks, "IMAGES", 64)
+    monkeypatch.setattr(imagenet_test.imagenet_checkpoint, "IMAGES", 64)
     monkeypatch.chdir(tmp_path)
     return imagenet_test
 

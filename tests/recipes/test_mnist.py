@@ -299,3 +299,24 @@ class TestLoad:
         loss = F.cross_entropy(net(images), labels)
         loss.backward()
         assert loss.isfinite()
+
+
+class TestUpscaledDigits:
+    def test_images(self, mnist):
+        train, test = mnist.upscaled_digits()
+        for dataset, count in ((train, 1347), (test, 450)):
+            images, labels = dataset.tensors
+            assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+            assert images.shape == (count, 1, 28, 28)
+            assert labels.bincount().min() > count // 11
+            pixels = images * 0.3081 + 0.1307
+            assert pixels.min() > -1e-6
+            assert pixels.max() < 1 + 1e-6
+            border = torch.ones(28, 28, dtype=torch.bool)
+            border[4:24, 4:24] = False
+            torch.testing.assert_close(pixels[:, 0, border], torch.zeros(count, int(border.sum())), atol=1e-6, rtol=0)
+
+    def test_split(self, mnist):
+        first, again, other = (mnist.upscaled_digits(0.5, seed)[1].tensors[0] for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)

@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import Token
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...kernels.profiling import ProductListener, product_listener
+from ...kernels.profiling import Work, add_listener, listeners, remove_listener
 from ...tables import format_table
 from ..cards import find_card
 from ..cost_model import NOTHING, CostModel, Estimate, Product, count_traffic, inputs_of, tensors_in
@@ -164,7 +163,6 @@ class profile(OperatorObserver):
         self._card = None if card is None else find_card(card)
         self._model: CostModel | None = None
         self.operators: list[Operator] = []
-        self._token: Token[ProductListener | None] | None = None
         self._entered: float | None = None
         self._took: float | None = None
         self._inputs: tuple[Input, ...] = ()
@@ -175,14 +173,14 @@ class profile(OperatorObserver):
     def __enter__(self) -> profile:
         if self._entered is not None:
             raise RuntimeError("a profile is entered once: make another with profiler.profile()")
-        if product_listener.get() is not None:
+        if any(isinstance(each, profile) for each in listeners()):
             raise RuntimeError("another profile is running: leave its with block before this one")
         importlib.import_module("torch._dynamo")  # else the first operator loads it, and seems to take a second
         known = settings()
         floating = known.multiplies_in_float if self._card is None else self._card.floating
         self._model = CostModel(self._card or known.card, floating, known.product_bits)
         super().__enter__()
-        self._token = product_listener.set(self._hear)
+        add_listener(self)
         self._entered = time.perf_counter()
         return self
 
@@ -190,9 +188,7 @@ class profile(OperatorObserver):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._took = self.e2e_time
-        if self._token is not None:
-            product_listener.reset(self._token)
-            self._token = None
+        remove_listener(self)
         super().__exit__(kind, error, trace)
 
     def begins(self, call: OperatorCall) -> None:
@@ -220,10 +216,13 @@ class profile(OperatorObserver):
             name = call.full_name.partition(".")[0]
             self.operators.append(Operator(name, took, estimate, self._inputs))
 
-    def _hear(self, bits: tuple[int, int], macs: int, numbers: tuple[int, int]) -> None:
+    def multiplied(self, bits: tuple[int, int], macs: int, numbers: tuple[int, int]) -> None:
         """Takes what cnmix's kernels multiply within the present operator."""
         self._products.append(Product(macs, *(f"int{each}" for each in bits)))
         self._integers += sum(_BYTES[each] * count for each, count in zip(bits, numbers, strict=True))
+
+    def spent(self, work: Work, seconds: float) -> None:
+        """Leaves the time of kernels to that of the operator that they are in."""
 
     @property
     def card(self) -> str:

@@ -40,6 +40,18 @@ class _AtTorch(importlib.abc.MetaPathFinder):
         return None
 
 
+class _Tools(importlib.abc.MetaPathFinder):
+    """Finds the vendor's ``metric`` where nothing else of that name is found: the last of the finders."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "metric" or importlib.util.find_spec("cnmix") is None:
+            return None
+        tools = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools")
+        return importlib.machinery.PathFinder.find_spec(name, [tools])
+
+
 class _Installing(importlib.abc.Loader):
     """The loader that a module has, and the emulation behind it."""
 
@@ -96,4 +108,5 @@ def _give_way() -> None:
 
 if os.environ.get("CNMIX_TORCH_MLU"):
     sys.meta_path.insert(0, _AtTorch())
+    sys.meta_path.append(_Tools())
 _give_way()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,20 +168,9 @@ def integer_linear(x: Tensor, weight: FixedPoint, bias: Tensor | None, chosen: F
 
 
 def _convolution_on_host(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    padding_mode: str,
-    scale: list[float],
-    mode: list[int],
-    name: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None, *arguments: Any
 ) -> Tensor:
+    stride, padding, dilation, groups, padding_mode = arguments[:5]
     padded, within = _pad(x, padding, padding_mode)
     batched = padded if x.dim() == weight.dim() else padded.unsqueeze(0)
     y = torch.convolution(batched, weight, bias, stride, within, dilation, False, [0] * len(stride), groups)
@@ -189,20 +178,9 @@ def _convolution_on_host(
 
 
 def _convolution_on_card(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    padding_mode: str,
-    scale: list[float],
-    mode: list[int],
-    name: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None, *arguments: Any
 ) -> Tensor:
+    stride, padding, dilation, groups, padding_mode, scale, mode, name = arguments
     card = x.device.index
     x, weight, bias, mean, std = _host_views(name, x, weight, bias, mean, std)
     chosen = formats(scale, mode)

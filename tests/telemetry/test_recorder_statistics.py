@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+
+from cnmix import kernels
+from cnmix.telemetry.statistics import SAMPLE_SIZE, StepSample, ValueSamples
+
+
+def quantize(x, bits=8):
+    return kernels.quantize_measured(x, bits, None)[0]
+
+
+def measured(*tensors, bits=8):
+    samples = ValueSamples()
+    for x in tensors:
+        quantized = quantize(x, bits)
+        samples.take(x, quantized, quantized.position)
+    return samples.measure()
+
+
+def plain_snr(x, bits):
+    quantized = quantize(x, bits)
+    x = x.double()
+    error = x - quantized.values.double() * 2.0**quantized.position
+    return 10 * math.log10(x.square().sum() / error.square().sum())
+
+
+@pytest.mark.parametrize("bits", [8, 16, 31])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
+def test_signal_to_noise_of_any_magnitude(bits, scale):
+    x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * scale
+    x[::2] *= 1e-4  # else 31 bits lose nothing
+    ((snr, _),) = measured(x, bits=bits)
+    assert snr == pytest.approx(plain_snr(x, bits), abs=1e-3)
+
+
+def test_signal_to_noise_of_a_sample():
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    x[:, ::64] = 0  # a distance that meets the same columns would see these alone, or none of them
+    ((snr, histogram),) = measured(x)
+    assert snr == pytest.approx(plain_snr(x, 8), abs=0.3)
+    taken = sum(histogram["counts"]) + histogram["zeros"]
+    assert 0.9 * SAMPLE_SIZE < taken <= SAMPLE_SIZE
+    assert histogram["zeros"] / taken == pytest.approx(1 / 64, abs=0.02)
+
+
+def test_nothing_lost_and_nothing_there():
+    exact, zeros = torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3, 4)
+    (first, histogram), (second, empty) = measured(exact, zeros)
+    assert first is second is None
+    assert histogram == {"first": -1, "counts": [1, 1, 1], "zeros": 0}
+    assert empty == {"first": None, "counts": [], "zeros": 12}
+    assert ValueSamples().measure() == []
+
+
+def test_histogram_counts_exponents():
+    x = torch.tensor([[1.0, 1.99, -2.0], [0.0, -0.0, 2.0**-126], [3e38, 0.26, 1e-40]])
+    ((_, histogram),) = measured(x, bits=16)
+    counts = dict(enumerate(histogram["counts"], histogram["first"]))
+    assert {exponent: count for exponent, count in counts.items() if count} == {-126: 1, -2: 1, 0: 2, 1: 1, 127: 1}
+    assert histogram["zeros"] == 3  # with the subnormal
+    assert {min(counts), max(counts)} == {-126, 127}
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 2, 3)])
+def test_layout_does_not_matter(order):
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    moved = x.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+    quantized = quantize(x)
+    samples = ValueSamples()
+    for a, b in ((moved, quantized), (x, quantize(moved)), (x[:, ::2], quantize(x[:, ::2]))):
+        samples.take(a, b, b.position)
+    (first, a), (second, b), (part, _) = samples.measure()
+    assert first == pytest.approx(second) == pytest.approx(plain_snr(x, 8))
+    assert a == b
+    assert part == pytest.approx(plain_snr(x[:, ::2], 8))
+
+
+def test_half_types_and_later_writes():
+    x = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantized = quantize(x)
+    samples = ValueSamples()
+    samples.take(x, quantized, quantized.position)
+    expected = plain_snr(x, 8)
+    x.zero_()
+    quantized.values.zero_()
+    assert samples.measure()[0][0] == pytest.approx(expected)
+
+
+def test_time_adds_up_without_what_looking_took():
+    sample = StepSample()
+    for work, seconds in (("quantize", 1.0), ("product", 2.0), ("quantize", 0.5), ("look", 4.0), ("adapt", 0.25)):
+        sample.spent(work, seconds)
+    split = sample.split(10.0)
+    assert split == {"seconds": 6.0, "quantize": 1.5, "product": 2.0, "adapt": 0.25, "other": 2.25}
+    sample.multiplied((16, 8), 5, (1, 1))
+    sample.multiplied((8, 16), 6, (1, 1))
+    sample.multiplied((31, 31), 7, (1, 1))
+    assert sample.macs == {"8x16": 11, "31x31": 7}
+
+
+def test_shares_of_any_layout_and_limits():
+    x = torch.cat([torch.full((5,), -128.0), torch.arange(-3, 4), torch.full((2,), 300.0)]).view(2, 7).t()
+    quantized = kernels.quantize_measured(x, 8, 0)[0]
+    assert kernels.shares(x, quantized) == (7 / 14, 0.0)
+    tiny = torch.tensor([0.2, 0.0, -0.3, 5.0])
+    assert kernels.shares(tiny, kernels.quantize_measured(tiny, 8, 0)[0]) == (0.0, 0.5)
