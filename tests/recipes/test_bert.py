@@ -223,3 +223,15 @@ def test_settings():
     assert dict(full.model.args) == {"weights": "data/bert-base-uncased"}
     assert "weights" not in tiny.model.args
     assert (tiny.data.name, tiny.loss, tiny.score) == ("made", full.loss, full.score)
+
+
+def test_full_settings_on_files_and_weights(bert, tmp_path):
+    bert.Bert(vocab_size=40, max_position_embeddings=64, **SMALL).network.save_pretrained(tmp_path)
+    files = write(tmp_path, squad(("where?", "Nantes"), ("what is it?", "a river")))
+    data = [f"data.args.{name}={value}" for name, value in files.items() if name != "vocabulary"]
+    small = ["data.args.length=24", "data.args.stride=8", "epochs=1", "threads=1", f"output={tmp_path}"]
+    recipe = load_recipe("bert", [f"model.args.weights={tmp_path}", *data, *small])
+    assert recipe.data.args.vocabulary == str(tmp_path / "vocab.txt")
+    _, (result,), _ = run_recipe(recipe, "bert", progress=False)
+    assert result.test_accuracy in (0, 0.5, 1)
+    assert result.test_loss < 10
