@@ -64,7 +64,7 @@ def fingerprint(name: str) -> str:
 
         from cnmix.recipe import load_recipe
 
-        recipe = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny=bool(settings_of(name))))
+        recipe = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny="--tiny" in settings_of(name)))
         text = json.dumps({key: value for key, value in recipe.items() if key not in ("module", "output", "seeds")})
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -142,8 +142,8 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
         lines += [
             "",
             f"Over the {len(means)} recipes the change of the mean score is {statistics.mean(means.values()):+.2f} "
-            f"points on average, from {means[least]:+.2f} ({least}) to {means[most]:+.2f} ({most}); of the {len(single)} "
-            f"pairs of single runs, from {min(single):+.2f} to {max(single):+.2f}.",
+            f"points on average, from {means[least]:+.2f} ({least}) to {means[most]:+.2f} ({most}); of the "
+            f"{len(single)} pairs of single runs, from {min(single):+.2f} to {max(single):+.2f}.",
         ]
     return "\n".join(lines)
 
