@@ -187,7 +187,9 @@ def test_weights_of_a_folder(bert, tmp_path):
     torch.manual_seed(0)
     first = bert.Bert(vocab_size=30, max_position_embeddings=20, **SMALL).eval()
     first.network.save_pretrained(tmp_path / "weights")
-    again = bert.Bert(weights=str(tmp_path / "weights")).eval()
+    again = bert.Bert(weights=str(tmp_path / "weights"))
+    assert all(module.training for module in again.modules())
+    again.eval()
     inputs = torch.randint(30, (2, 9)), torch.ones(2, 9).long(), torch.zeros(2, 9).long()
     with torch.no_grad():
         for a, b in zip(first(*inputs), again(*inputs), strict=True):
