@@ -205,10 +205,10 @@ def detect_nonfinite(model: nn.Module, *, raises: bool = True, first_step: int =
 
     It looks at the inputs, parameters, buffers and outputs of every module as it is called, at the operands of products
     in fixed point that functions compute, at the gradients of outputs and parameters. What is found first is nearest to
-    the cause: its module had finite operands. Inputs by name, or in objects that are no dataclasses, are seen where they
-    come next. -infinity is no fault in inputs, in buffers and in outputs that need no
-    gradient, for masks have it. The model may be converted or not; a compiled one runs eagerly. It takes a pass over
-    every tensor: a tool to find a fault with, not to train with.
+    the cause: its module had finite operands. Inputs by name, and what is in objects that are no dataclasses, are seen
+    where they come next. -infinity is no fault in inputs, in buffers and in outputs that need no gradient, for masks
+    have it. The model may be converted or not; a compiled one runs eagerly. It takes a pass over every tensor: a tool
+    to find a fault with, not to train with.
 
     Infinite gradients are part of dynamic loss scaling, which skips such steps: there, look with a fixed loss scale.
 

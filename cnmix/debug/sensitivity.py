@@ -89,8 +89,8 @@ class Sensitivity:
             The rules, what the step's error was and is, and what they cost. The model is not changed.
 
         Raises:
-            ValueError: for an ``error`` that is no positive number, and without one where the step has none to halve; if
-                the model was trained since.
+            ValueError: for an ``error`` that is no positive number, and without one where the step has none to halve.
+                If the model was trained since.
         """
         if error is not None and not (isinstance(error, (int, float)) and 0 < error < math.inf):
             raise ValueError(f"error must be a positive number, such as 0.01 for 1 %, got {error!r}")
