@@ -1,9 +1,12 @@
-"""Builds the optional compiled kernels; everything else is in pyproject.toml."""
+"""Builds the optional compiled kernels, and takes the recipes along; everything else is in pyproject.toml."""
 
+import shutil
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 class BuildNative(build_ext):
@@ -26,6 +29,18 @@ class BuildNative(build_ext):
             super().build_extension(ext)
 
 
+class BuildWithRecipes(build_py):
+    """Copies the recipes into the package, where ``cnmix recipes`` finds them; an editable installation has none."""
+
+    def run(self) -> None:
+        """Copies them beside the modules."""
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "cnmix", "recipes")
+            shutil.rmtree(target, ignore_errors=True)  # what an earlier build has left
+            shutil.copytree("recipes", target, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 native = "cnmix/kernels/native"
 sources = (
     *("processor", "memory", "quantize", "layout", "digits", "panels", "product", "batch", "depthwise"),
@@ -36,7 +51,7 @@ headers = (
     *("plan", "chain", "fused_tiles"),
 )
 setup(
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildWithRecipes},
     ext_modules=[
         Extension(
             "cnmix.kernels.native._native",

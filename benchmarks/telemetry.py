@@ -2,8 +2,8 @@
 
     python benchmarks/telemetry.py --threads 2
 
-Two models of the same seed take the same steps in turns, one recorded as ``cnmix train`` does by default, one not; which
-goes first changes with every step. Both compute the same numbers, so that their times differ by the recording alone.
+Two models of the same seed take the same steps in turns, one recorded as ``cnmix train`` does by default, one not;
+which goes first changes with every step. Both compute the same numbers: their times differ by the recording alone.
 Times are the processor's, of all threads, so that other programs disturb less. What recording costs while it is off is
 too small to be seen so: it is the calls that a step makes of what asks whether anybody listens, times what one takes.
 """

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -42,13 +42,14 @@ class OperandQuantizer:
     Attributes:
         observation: what this process saw, where it decides together with others; None where it decides alone.
         draw_key: what the seed is combined with, so that processes with different data draw different numbers.
-        look_next: set it to have the next training step look at its ``shares``, once, in a few passes over the tensor.
+        look_next: set it to have the next training step look at its ``shares``, once, in a few passes over the tensor,
+            and show the tensor to the listener; "values" does the latter alone.
         shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
         listener: is told of every decision, of NaN and infinity, and of tensors that are looked at. A copy has none.
         closing: says when it has measured for the last time, and width and position stay. Not part of the state.
     """
 
-    look_next = False
+    look_next: bool | Literal["values"] = False
     closing: Closing | None = None
     shares: kernels.Shares | None = None
     listener: QuantizerListener | None = None
@@ -143,8 +144,10 @@ class OperandQuantizer:
 
     @timed("look")
     def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
-        """Takes the shares of a training step's tensor, as ``look_next`` asks for, which ends with it."""
-        self.shares, self.look_next = kernels.shares(x, quantized), False
+        """Looks at a training step's tensor, as ``look_next`` asks for, which ends with it."""
+        if self.look_next is True:
+            self.shares = kernels.shares(x, quantized)
+        self.look_next = False
         if self.listener is not None:
             self.listener.looked(self, x, quantized)
 

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from .config import QuantizeConfig, check_names
 from .recipe_code import check_arguments, getattr_or_explain, load_module
 from .rules import Rule, leave_out, parse_rules
+from .shipped import find_recipe
 from .strategies import find_level
 from .telemetry.rules import TelemetryRule, parse_telemetry_rules
 
@@ -122,7 +123,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     """Reads a recipe, applies overrides and checks every name and value.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe that comes with cnmix.
         overrides: ``key=value`` with dots between the keys, for example ``optimizer.args.lr=0.1``.
         tiny: put the recipe's ``tiny`` settings over the others, below the overrides. They are checked in any case.
 
@@ -134,7 +135,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         ValueError: for an unknown key (with the nearest known one), a value of the wrong type, or a missing one; if it
             has no tiny settings and these are asked for.
     """
-    file = Path(path)
+    file = find_recipe(Path(path))
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override has the form key=value, got {override!r}")

@@ -14,6 +14,7 @@ comments that say what a block takes as given beyond these, or why it does not r
 """
 
 import doctest
+import importlib
 import os
 import re
 import shlex
@@ -170,3 +171,44 @@ def reader(
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name)
 def test_examples_run(page: Path, reader: Callable[[Path], Reader]) -> None:
     reader(page).read()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere_in_the_repository(page: Path) -> None:
+    """mkdocs checks the site's; these are the ones that the repository's browser follows."""
+    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", re.sub(r"`[^`]*`", "", page.read_text())):
+        assert (page.parent / target).exists(), target
+
+
+def test_pictures_are_drawn_by_the_script_and_described() -> None:
+    script = "\n".join(file.read_text() for file in DOCS.glob("drawing/*.py"))
+    drawn = set(re.findall(r"^@picture\ndef (\w+)\(", script, re.MULTILINE))
+    assert {file.stem for file in DOCS.glob("figures/*.svg")} == drawn
+    shown: set[str] = set()
+    for page in PAGES:
+        for description, file in re.findall(r"!\[([^\]]*)\]\((\S+?)\)", page.read_text()):
+            assert len(description) > 30, f"{name(page)} says too little of {file}"
+            shown.add(Path(file).name)
+    assert shown >= {file.name for file in DOCS.glob("figures/*")}
+
+
+PUBLIC = (
+    "cnmix",
+    *(f"cnmix.{module}" for module in ("benchmark", "debug", "huggingface", "inference", "lightning", "telemetry")),
+)
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_in_the_reference(module: str) -> None:
+    reference = "\n".join(page.read_text() for page in DOCS.glob("api/*.md"))
+    entries = set(re.findall(r"^::: (\S+)", reference, re.MULTILINE))
+    if module in entries:
+        return
+    found = importlib.import_module(module)
+    for public in found.__all__:
+        value = getattr(found, public)
+        if public == "__version__" or isinstance(value, ModuleType):
+            continue
+        assert {f"{module}.{public}", f"{value.__module__}.{public}"} & entries, (
+            f"{module}.{public} is on no page of docs/api"
+        )

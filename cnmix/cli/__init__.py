@@ -7,9 +7,9 @@ import sys
 from .application import Console, Text, app, console
 
 # In the order of ``cnmix --help``.
-from . import training, inspection, benchmarking, deployment, scripts  # isort: skip
+from . import training, inspection, benchmarking, recipes, deployment, scripts  # isort: skip
 
-__all__ = ["app", "benchmarking", "console", "deployment", "inspection", "main", "scripts", "training"]
+__all__ = ["app", "benchmarking", "console", "deployment", "inspection", "main", "recipes", "scripts", "training"]
 
 
 def main() -> None:

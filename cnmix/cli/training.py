@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file, or the name of one that comes with cnmix.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optimizer.args.lr=0.1")] = None,
     compare: Annotated[bool, typer.Option(help="Also train the float32 baseline from the same seeds.")] = False,
     levels: Annotated[

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..adaptive import OperandQuantizer
 from ..decisions import Decision
 from ..fixed_point import FixedPoint, FixedPointBatch
+from ..kernels import saturated_share
 from ..kernels.profiling import add_listener, remove_listener
 from ..nn import ModuleQuantizers, callers
 from ..nn.places import product_name, quantizers_of
@@ -33,6 +34,9 @@ logger = logging.getLogger("cnmix")
 
 FILE = "telemetry.jsonl"
 FORMAT_VERSION = 1
+
+# Statistics that are taken from values of an operand, behind the step.
+_OF_VALUES = ("underflow", "snr", "histogram")
 
 # Lines that are kept before they are written; each step that is sampled writes them anyway.
 _MOST_LINES = 2000
@@ -258,17 +262,16 @@ class Recorder:
 
     def looked(self, quantizer: OperandQuantizer, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
         """Measures an operand that this step is to sample."""
-        watched, shares = self._watched[id(quantizer)], quantizer.shares
-        if self._sample is None or shares is None:  # another asked for it
+        watched = self._watched[id(quantizer)]
+        if self._sample is None or not watched.statistics:  # another asked for it
             return
         position = quantized.position if isinstance(quantized, FixedPoint) else quantizer.state.position
-        values = {"saturation": _number(shares.saturation), "underflow": _number(shares.underflow), "scale": None}
-        if position is not None:
-            values["scale"] = math.ldexp(1.0, position)
-        chosen = {name: value for name, value in values.items() if name in watched.statistics}
-        watched.sample = {"bits": quantized.bits, "position": position, **chosen}
-        watched.place = None
-        if watched.statistics & {"snr", "histogram"} and quantized.finite and x.numel() and position is not None:
+        watched.sample, watched.place = {"bits": quantized.bits, "position": position}, None
+        if "saturation" in watched.statistics:
+            watched.sample["saturation"] = saturated_share(quantized) if quantized.finite else None
+        if "scale" in watched.statistics:
+            watched.sample["scale"] = None if position is None else math.ldexp(1.0, position)
+        if watched.statistics.intersection(_OF_VALUES) and quantized.finite and x.numel() and position is not None:
             watched.place = self._values.take(x, quantized, position)
 
     def _watch(self, module: nn.Module, quantizers: ModuleQuantizers) -> None:
@@ -301,7 +304,7 @@ class Recorder:
                 if rule in due:
                     watched.statistics.update(rule.statistics)
             if watched.statistics:
-                watched.quantizer.look_next, watched.quantizer.shares = True, None
+                watched.quantizer.look_next = watched.quantizer.look_next or "values"
         add_listener(self._sample)
 
     def _stop_looking(self) -> None:
@@ -321,9 +324,9 @@ class Recorder:
                 continue
             state = watched.quantizer.state
             found = {"interval": state.interval, "error": state.error, **watched.sample}
-            for index, name in enumerate(("snr", "histogram")):
+            for name in _OF_VALUES:
                 if name in watched.statistics:
-                    found[name] = None if watched.place is None else measured[watched.place][index]
+                    found[name] = None if watched.place is None else measured[watched.place][name]
             self._write("sample", step=self._step, id=watched.number, **found)
         self._write("time", step=self._step, **sample.split(seconds), macs=sample.macs)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
 from ..kernels.profiling import Work
 
-SAMPLE_SIZE = 2048
-"""Values of a tensor that its histogram is of, and the noise of its ratio of signal to noise, at most."""
+SAMPLE_SIZE = 4096
+"""Values of a tensor, at most, that underflow, histogram and the noise in its ratio of signal to noise are of."""
 
 
 class StepSample:
@@ -83,11 +83,12 @@ class ValueSamples:
         self._sizes.append(size)
         return len(self._sizes) - 1
 
-    def measure(self) -> list[tuple[float | None, dict[str, Any]]]:
-        """Returns of all that was taken signal to noise and histogram.
+    def measure(self) -> list[dict[str, Any]]:
+        """Returns of all that was taken ``underflow``, ``snr`` and ``histogram``.
 
-        The former is ``10 log10(sum x² / sum (x - x̂)²)`` in dB, whose noise is that of the sample, as many times as it
-        goes into the whole; None where nothing is lost, or all is zero. The latter has ``first``, the smallest exponent
+        Underflow is the share of the values that are not zero and whose integer is. The ratio of signal to noise is
+        ``10 log10(sum x² / sum (x - x̂)²)`` in dB, whose noise is that of the sample, as many times as it goes into the
+        whole; None where nothing is lost, or all is zero. The histogram has ``first``, the smallest exponent
         ``floor(log2 |x|)``, None where all are zeros; ``counts`` of the exponents from it on; and that of ``zeros``,
         among which are float32's subnormals.
         """
@@ -96,17 +97,19 @@ class ValueSamples:
         count, lengths = len(self._sizes), torch.tensor([len(each) for each in self._values])
         values, rows = torch.cat(self._values), torch.repeat_interleave(torch.arange(count), lengths)
         steps = torch.tensor(self._steps, dtype=torch.float64)[rows]
-        errors = values * steps[:, 0] - torch.cat(self._rounded) * steps[:, 1]
+        rounded = torch.cat(self._rounded)
+        lost = torch.bincount(rows[rounded.eq(0) & values.ne(0)], minlength=count).tolist()
+        errors = values * steps[:, 0] - rounded * steps[:, 1]
         noises = torch.bincount(rows, errors.square_(), count).tolist()
         exponents = values.view(torch.int32) >> 23 & 255  # as float32 has them, with 127 added
         table = torch.bincount(rows * 256 + exponents, minlength=count * 256).view(count, 256).tolist()
         found = []
-        for signal, noise, size, taken, (zeros, *counts) in zip(
-            self._signals, noises, self._sizes, lengths.tolist(), table, strict=True
-        ):
+        each = zip(self._signals, noises, lost, self._sizes, lengths.tolist(), table, strict=True)
+        for signal, noise, underflown, size, taken, (zeros, *counts) in each:
             noise *= size / taken
             snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
             used = [index for index, number in enumerate(counts) if number]
             first, within = (used[0] - 126, counts[used[0] : used[-1] + 1]) if used else (None, [])
-            found.append((snr, {"first": first, "counts": within, "zeros": zeros}))
+            histogram = {"first": first, "counts": within, "zeros": zeros}
+            found.append({"underflow": underflown / taken, "snr": snr, "histogram": histogram})
         return found

@@ -34,6 +34,16 @@ def text() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def translation() -> ModuleType:
+    return load_recipe("translation")
+
+
+@pytest.fixture(scope="session")
+def bert() -> ModuleType:
+    return load_recipe("bert")
+
+
+@pytest.fixture(scope="session")
 def imagenet() -> ModuleType:
     return load_recipe("imagenet")
 

@@ -31,14 +31,16 @@ def plain_snr(x, bits):
 def test_signal_to_noise_of_any_magnitude(bits, scale):
     x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * scale
     x[::2] *= 1e-4  # else 31 bits lose nothing
-    ((snr, _),) = measured(x, bits=bits)
+    snr = measured(x, bits=bits)[0]["snr"]
     assert snr == pytest.approx(plain_snr(x, bits), abs=1e-3)
 
 
 def test_signal_to_noise_of_a_sample():
     x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     x[:, ::64] = 0  # a distance that meets the same columns would see these alone, or none of them
-    ((snr, histogram),) = measured(x)
+    (found,) = measured(x)
+    snr, histogram = found["snr"], found["histogram"]
+    assert found["underflow"] == pytest.approx(kernels.shares(x, quantize(x)).underflow, abs=0.02)
     assert snr == pytest.approx(plain_snr(x, 8), abs=0.3)
     taken = sum(histogram["counts"]) + histogram["zeros"]
     assert 0.9 * SAMPLE_SIZE < taken <= SAMPLE_SIZE
@@ -47,8 +49,10 @@ def test_signal_to_noise_of_a_sample():
 
 def test_nothing_lost_and_nothing_there():
     exact, zeros = torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3, 4)
-    (first, histogram), (second, empty) = measured(exact, zeros)
-    assert first is second is None
+    first, second = measured(exact, zeros)
+    histogram, empty = first["histogram"], second["histogram"]
+    assert first["snr"] is second["snr"] is None
+    assert first["underflow"] == second["underflow"] == 0
     assert histogram == {"first": -1, "counts": [1, 1, 1], "zeros": 0}
     assert empty == {"first": None, "counts": [], "zeros": 12}
     assert ValueSamples().measure() == []
@@ -56,7 +60,7 @@ def test_nothing_lost_and_nothing_there():
 
 def test_histogram_counts_exponents():
     x = torch.tensor([[1.0, 1.99, -2.0], [0.0, -0.0, 2.0**-126], [3e38, 0.26, 1e-40]])
-    ((_, histogram),) = measured(x, bits=16)
+    histogram = measured(x, bits=16)[0]["histogram"]
     counts = dict(enumerate(histogram["counts"], histogram["first"]))
     assert {exponent: count for exponent, count in counts.items() if count} == {-126: 1, -2: 1, 0: 2, 1: 1, 127: 1}
     assert histogram["zeros"] == 3  # with the subnormal
@@ -71,9 +75,10 @@ def test_layout_does_not_matter(order):
     samples = ValueSamples()
     for a, b in ((moved, quantized), (x, quantize(moved)), (x[:, ::2], quantize(x[:, ::2]))):
         samples.take(a, b, b.position)
-    (first, a), (second, b), (part, _) = samples.measure()
+    a, b, part = samples.measure()
+    first, second, part = a["snr"], b["snr"], part["snr"]
     assert first == pytest.approx(second) == pytest.approx(plain_snr(x, 8))
-    assert a == b
+    assert a["histogram"] == b["histogram"]
     assert part == pytest.approx(plain_snr(x[:, ::2], 8))
 
 
@@ -85,7 +90,7 @@ def test_half_types_and_later_writes():
     expected = plain_snr(x, 8)
     x.zero_()
     quantized.values.zero_()
-    assert samples.measure()[0][0] == pytest.approx(expected)
+    assert samples.measure()[0]["snr"] == pytest.approx(expected)
 
 
 def test_time_adds_up_without_what_looking_took():
