@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from . import kernels
+from .closing import Closing
 from .config import Product, QuantizeConfig
 from .decisions import Decision, QuantizerListener, why_measured
 from .fixed_point import BITS, FixedPoint, FixedPointBatch, Rounding, choose_position
@@ -45,11 +46,11 @@ class OperandQuantizer:
             and show the tensor to the listener; "values" does the latter alone.
         shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
         listener: is told of every decision, of NaN and infinity, and of tensors that are looked at. A copy has none.
-        closed: whether it has measured for the last time: width and position stay. Not part of the state.
+        closing: says when it has measured for the last time, and width and position stay. Not part of the state.
     """
 
     look_next: bool | Literal["values"] = False
-    closed = False
+    closing: Closing | None = None
     shares: kernels.Shares | None = None
     listener: QuantizerListener | None = None
 
@@ -109,9 +110,13 @@ class OperandQuantizer:
                 self.listener.met_nonfinite(self)
 
     @property
+    def _closed(self) -> bool:
+        return self.closing is not None and self.closing.closed
+
+    @property
     def due(self) -> bool:
         """Whether the next training step measures."""
-        if self.closed and self.state.position is not None:
+        if self._closed and self.state.position is not None:
             return False
         if self.observation is not None:
             return self.observation.due
@@ -328,7 +333,7 @@ class OperandQuantizer:
 
     def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""
-        if self.config.saturation is None or self.closed:
+        if self.config.saturation is None or self._closed:
             return
         share = kernels.saturated_share(quantized)
         if self.observation is not None:
