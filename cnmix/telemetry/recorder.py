@@ -134,7 +134,8 @@ class Recorder:
         self._active = not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
         self._names = {id(module): fqn for fqn, module in self._model.named_modules()}
         self._watched: dict[int, _Watched] = {}
-        self._lines: list[dict[str, Any] | tuple[int, int, Decision]] = []
+        self._run: dict[str, Any] | None = None  # the first line, until it is written
+        self._lines: list[str] = []  # no objects, through which the garbage collector would go again and again
         self._step, self._latest = first_step - 1, first_step - 1
         self._started: float | None = None
         self._sample: StepSample | None = None
@@ -142,23 +143,23 @@ class Recorder:
         if not self._active:
             return
         sets = [(module, each) for module in self._model.modules() for _, each in quantizers_of(module)]
-        recorded = [quantizer.listener for _, each in sets for _, quantizer in each]
+        recorded: list[object] = [quantizer.listener for _, each in sets for _, quantizer in each]
         recorded += [products.on_make for _, _, products in callers(self._model)]
         if any(each is not None for each in recorded):
             raise RuntimeError("another recorder records this model: close it first")
         self.file.parent.mkdir(parents=True, exist_ok=True)  # before anything is changed that an error would leave so
         setup = registry.models.get(self._model)
-        self._write(
-            "run",
-            version=FORMAT_VERSION,
-            cnmix=__version__,
-            torch=str(torch.__version__),
-            threads=torch.get_num_threads(),
-            level=level if level is not None or setup is None else setup.level.name,
-            every_n_steps=every_n_steps,
-            steps_per_epoch=None,
-            first_step=first_step,
-        )
+        self._run = {
+            "kind": "run",
+            "version": FORMAT_VERSION,
+            "cnmix": __version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "level": level if level is not None or setup is None else setup.level.name,
+            "every_n_steps": every_n_steps,
+            "steps_per_epoch": None,
+            "first_step": first_step,
+        }
         for module, each in sets:
             self._watch(module, each)
         for _, _, products in callers(self._model):
@@ -210,13 +211,15 @@ class Recorder:
 
     def flush(self) -> None:
         """Appends what is there to the file, in whole lines."""
+        if self._run is not None:
+            for watched in self._watched.values():  # a Trainer's plugin learns it with the first batch
+                self._run["steps_per_epoch"] = watched.quantizer.config.steps_per_epoch
+                break
+            self._lines.insert(0, json.dumps(self._run))
+            self._run = None
         if not self._lines:
             return
-        run = self._lines[0]
-        if isinstance(run, dict) and run["kind"] == "run" and self._watched:  # a Trainer's plugin learns it late
-            config = next(iter(self._watched.values())).quantizer.config
-            run["steps_per_epoch"] = config.steps_per_epoch
-        text = "".join(f"{_encode(line)}\n" for line in self._lines)
+        text = "".join(f"{line}\n" for line in self._lines)
         with open(self.file, "ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
@@ -240,7 +243,15 @@ class Recorder:
 
     def decided(self, quantizer: OperandQuantizer, decision: Decision) -> None:
         """Records a decision."""
-        self._lines.append((self._step, self._watched[id(quantizer)].number, decision))
+        at, reason, errors, _, bits, (before, after), outcome, interval, interval_reason = decision
+        # Operands decide in their thousands, and json.dumps would take twice as long.
+        tried = ", ".join(f'"{width}": {"null" if error is None else error}' for width, error in errors.items())
+        self._lines.append(
+            f'{{"kind": "decision", "step": {self._step}, "id": {self._watched[id(quantizer)].number}, "at": {at}, '
+            f'"reason": "{reason}", "errors": {{{tried}}}, "bits": [{bits[0]}, {bits[1]}], '
+            f'"position": [{"null" if before is None else before}, {after}], "outcome": "{outcome}", '
+            f'"interval": {interval}, "interval_reason": "{interval_reason}"}}'
+        )
 
     def met_nonfinite(self, quantizer: OperandQuantizer) -> None:
         """Records the first NaN or infinity of an operand, and says which was the first of all."""
@@ -327,29 +338,7 @@ class Recorder:
             self._between = None
 
     def _write(self, kind: str, **entries: Any) -> None:
-        self._lines.append({"kind": kind, **entries})
-
-
-def _encode(line: dict[str, Any] | tuple[int, int, Decision]) -> str:
-    """Returns a line of the file; most are decisions, which take the time of others where they come in thousands."""
-    if isinstance(line, dict):
-        return json.dumps(line, allow_nan=False)
-    step, number, decision = line
-    return json.dumps(
-        {
-            "kind": "decision",
-            "step": step,
-            "id": number,
-            "at": decision.step,
-            "reason": decision.reason,
-            "errors": decision.errors,
-            "bits": decision.bits,
-            "position": decision.position,
-            "outcome": decision.outcome,
-            "interval": decision.interval,
-            "interval_reason": decision.interval_reason,
-        }
-    )
+        self._lines.append(json.dumps({"kind": kind, **entries}, allow_nan=False))
 
 
 def _number(value: float) -> float | None:

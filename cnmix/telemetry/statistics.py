@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..fixed_point import FixedPoint, FixedPointBatch, dequantize
+from ..kernels import losses
 from ..kernels.profiling import Work
 
 SAMPLE_SIZE = 4096
@@ -63,30 +64,24 @@ def measure_values(x: Tensor, quantized: FixedPoint | FixedPointBatch, position:
     if not x.is_contiguous():
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         x, rounded = x.permute(order), rounded.permute(order)
-    x, rounded = x.reshape(-1), rounded.reshape(-1)
+    x, rounded = x.reshape(-1).contiguous(), rounded.reshape(-1).contiguous()  # expanded ones are no memory
     size, inverse = x.numel(), math.ldexp(1.0, -position)
     distance = max(1, math.ceil(size / SAMPLE_SIZE))
     while math.gcd(distance, size) > 1:  # else it might meet the same columns again and again
         distance += 1
     # Else squares may be too small or too large for float32.
-    x = x.to(torch.float32 if -60 < position < 30 else torch.float64)
-    signal = torch.dot(x, x).item() * inverse * inverse
-    x, rounded = x[::distance].to(torch.float32).contiguous(), rounded[::distance].contiguous()
-    taken = x.numel()
-    # Zero is zero in every format and rounding, so that the zeros that are too many underflowed.
-    underflown = int(x.count_nonzero()) - int(rounded.count_nonzero())
-    errors = x.double().mul_(inverse)
-    errors.sub_(rounded, alpha=inverse if rounded.is_floating_point() else 1)
-    noise = torch.dot(errors, errors).item() * size / taken
-    exponents = (x.view(torch.int32) >> 23).bitwise_and_(255)  # as float32 has them, with 127 added
-    zeros, *counts = torch.bincount(exponents, minlength=2).tolist()
-    first = next((index for index, number in enumerate(counts) if number), None)
+    wide = x.to(torch.float32 if -60 < position < 30 else torch.float64)
+    signal = torch.dot(wide, wide).item() * inverse * inverse
+    noise, underflown, (zeros, *counts) = losses(x.to(torch.float32), rounded, distance, inverse)
+    taken = math.ceil(size / distance)
+    noise *= size / taken
+    used = [index for index, number in enumerate(counts) if number]
     return {
         "underflow": underflown / taken,
         "snr": 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None,
         "histogram": {
-            "first": None if first is None else first - 126,
-            "counts": [] if first is None else counts[first:],
+            "first": used[0] - 126 if used else None,  # float32 adds 127
+            "counts": counts[used[0] : used[-1] + 1] if used else [],
             "zeros": zeros,
         },
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cnmix import kernels
+from cnmix.kernels import native
 from cnmix.telemetry.statistics import SAMPLE_SIZE, StepSample, measure_values
 
 
@@ -74,6 +75,23 @@ def test_layout_does_not_matter(order):
     assert first == pytest.approx(second) == pytest.approx(plain_snr(x, 8))
     assert a["histogram"] == b["histogram"]
     assert part == pytest.approx(plain_snr(x[:, ::2], 8))
+
+
+def test_without_the_compiled_part(monkeypatch):
+    x = torch.randn(3, 7001, generator=torch.Generator().manual_seed(0)) * 0.005
+    x[0, ::5] = 0
+    x[1, 0] = 2.0
+    found = [measured(x, bits) for bits in (8, 16, 31)]
+    monkeypatch.setattr(native, "library", lambda: None)
+    for bits, each in zip((8, 16, 31), found, strict=True):
+        other = measured(x, bits)
+        assert other.pop("snr") == pytest.approx(each.pop("snr"), rel=1e-9, nan_ok=True)
+        assert other == each
+        assert each["underflow"] > 0.5 or bits > 8
+
+
+def test_expanded_tensors():
+    assert measured(torch.tensor(0.3).expand(50, 40))["histogram"] == {"first": -2, "counts": [2000], "zeros": 0}
 
 
 def test_half_types():
