@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from . import kernels
@@ -145,11 +146,12 @@ class OperandQuantizer:
     @timed("look")
     def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
         """Looks at a training step's tensor, as ``look_next`` asks for, which ends with it."""
-        if self.look_next is True:
-            self.shares = kernels.shares(x, quantized)
-        self.look_next = False
-        if self.listener is not None:
-            self.listener.looked(self, x, quantized)
+        everything, self.look_next = self.look_next is True, False
+        with torch._C.DisableTorchFunction():  # what looking calls is not the model's, which may be watched for that
+            if everything:
+                self.shares = kernels.shares(x, quantized)
+            if self.listener is not None:
+                self.listener.looked(self, x, quantized)
 
     def repeated(
         self, x: Tensor, bits: int, position: int | None, stream: int, start: int = 0, training: bool = True
@@ -266,14 +268,15 @@ class OperandQuantizer:
             The width that this process's own tensor wants.
         """
         differences: dict[int, tuple[float, float]] = {}
+        errors: dict[int, float | None] = {}
 
         def error_at(bits: int) -> float:
             differences[bits] = sums_at(bits)
-            return relative_error(*differences[bits])
+            errors[bits] = error = relative_error(*differences[bits])
+            return error
 
         bits, error = self._choose_width(error_at)
         if self.observation is None:
-            errors = {width: relative_error(*each) for width, each in differences.items()}
             self._adopt(bits, choose_position(absmax, bits), error, errors)
         else:
             self.observation.add(absmax, differences)
