@@ -260,7 +260,7 @@ def _panels(training: Training) -> list[Shown]:
                 "From left to right the sampled steps, from bottom to top the magnitudes of the values; beside it the "
                 "last sample. Zeros are counted, but have no place here. " + _first_of(sampled, training, "histograms"),
                 f"Magnitudes of {_names(sampled)}, against the largest value and half the step of their formats.",
-                lambda: panels.histograms_figure(sampled),
+                lambda: panels.histograms_figure(sampled, first, last),
                 [numbers.histograms_table(sampled)],
             )
         )
@@ -333,14 +333,14 @@ def _compare(trainings: list[Training], baselines: dict[str, Training]) -> Secti
         section.figures.append(
             Shown("curves", "Loss and metrics", caption, alternative, draw, [numbers.curves_table(curves)])
         )
-    widths = {"mean width of the operands, in bits": {each.label: views.mean_widths(each) for each in trainings}}
+    widths = {"Mean width of the operands, in bits": {each.label: views.mean_widths(each) for each in trainings}}
     section.figures.append(
         Shown(
             "widths",
             "Width of the operands",
-            "The plain mean over all operands.",
+            "The plain mean over all operands; the steps are on a logarithmic axis where a training is long enough.",
             f"Curves of the mean width of the operands of {names}.",
-            lambda: figures.curves_figure(widths),
+            lambda: figures.curves_figure(widths, held=True),
             [numbers.curves_table(widths)],
         )
     )

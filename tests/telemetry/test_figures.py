@@ -127,7 +127,7 @@ def test_errors_of_nothing_are_drawn(training, tmp_path):
 
 def test_histograms_and_ranges(training, lines):
     operands = training.operands[:3]
-    figure = panels.histograms_figure(operands)
+    figure = panels.histograms_figure(operands, *training.steps)
     for number, operand in enumerate(operands):
         axes, beside = figure.axes[2 * number : 2 * number + 2]
         samples = of(lines, "sample", operand, training)
@@ -287,4 +287,7 @@ def test_tables_have_the_numbers(training, lines):
     assert [row[0] for row in numbers.macs_table(training).rows] == ["0", "25", "50", "75", "100", "125", "150"]
     assert numbers.write_share(0.1234) == "12.3 %"
     assert numbers.write_share(None) == "–"
-    assert numbers.write_difference(-0.0012) == "−0.0012"
+    assert numbers.write_share(300.0) == "30,000 %"
+    assert numbers.write_end(0.5, 0.5012) == "0.5 (−0.0012)"
+    assert [numbers.write_end(0.5, other) for other in (None, math.nan)] == ["0.5", "0.5"]
+    assert numbers.write_end(math.nan, 0.5) == "NaN"

@@ -281,7 +281,7 @@ def test_command(run, undrawn, tmp_path, command):
     ("arguments", "message"),
     [
         (["missing"], "missing is no folder"),
-        (["."], r"has no telemetry\.jsonl of a training in fixed point: cnmix train writes one"),
+        (["."], r"has no telemetry\.jsonl of a training: cnmix train writes one"),
         (["--output", "telemetry.jsonl", "."], r"telemetry\.jsonl is no name for the report"),
     ],
 )
