@@ -20,6 +20,7 @@ try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -32,6 +33,7 @@ INK, QUIET, ALARM = "#1f2a36", "#66717d", "#b3470b"
 WIDTH = 10.4
 _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _STYLES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+_BASELINE = ", float32"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: Any = {
     "axes.axisbelow": True,
@@ -85,8 +87,11 @@ def to_data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def save_png(figure: Figure, file: Path) -> None:
-    """Writes a figure as a PNG, 150 dots per inch."""
+def save_png(figure: Figure, file: Path, title: str) -> None:
+    """Writes a figure as a PNG, 150 dots per inch, with a title, since there is no page around it."""
+    for legend in figure.legends:
+        legend.set_title(title, prop=FontProperties(weight="bold", size=10))
+        legend.set_alignment("left")
     _save(figure, file, format="png", dpi=150)
 
 
@@ -116,7 +121,8 @@ def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
         for label, points in curves.items():
             few = len(points) <= 60
             x, y = zip(*thinned(points), strict=True)
-            marker = _MARKERS[labels.index(label) % 7] if few and not held else ""
+            marked = len(points) == 1 if label.endswith(_BASELINE) else few and not held
+            marker = _MARKERS[labels.index(label) % 7] if marked else ""
             line = axes.plot(
                 x, y, marker=marker, drawstyle="steps-post" if held else "default", **_curve_look(labels, label)
             )
@@ -146,8 +152,8 @@ def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 
 
 def _curve_look(labels: list[str], label: str) -> dict[str, Any]:
-    baseline = label.endswith(", float32")
-    alike = [each for each in labels if each.endswith(", float32") == baseline]
+    baseline = label.endswith(_BASELINE)
+    alike = [each for each in labels if each.endswith(_BASELINE) == baseline]
     number = alike.index(label)
     look = {"linestyle": _STYLES[(number + number // 5) % 5]}  # tells them apart without colour
     if baseline:

@@ -37,6 +37,10 @@ def headline(training: Training) -> list[tuple[str, str]]:
 def findings(training: Training, baseline: Training | None) -> list[str]:
     """Returns what was found, in sentences: how it ended, what went wrong, what was decided, what it cost."""
     said = [*_metrics(training, baseline), *_warnings(training), *_widths(training), *_time(training, baseline)]
+    if training.steps[0]:
+        said.append(
+            f"It begins at step {training.steps[0]:,}: the steps before it are in the run that it was resumed from."
+        )
     if training.resumed:
         said.append(f"It was resumed at step {_listed(f'{step:,}' for step in training.resumed)}.")
     if training.unreadable:
@@ -96,8 +100,8 @@ def _widths(training: Training) -> list[str]:
     updates = sum(len(each.decisions) for each in operands)
     steps = training.steps[1] - training.steps[0] + 1
     said.append(
-        f"{updates:,} update{'s' * (updates != 1)} in {steps:,} step{'s' * (steps != 1)}: on average an operand measured "
-        f"on {write_share(updates / (len(operands) * steps))} of them."
+        f"{updates:,} update{'s' * (updates != 1)} in {steps:,} step{'s' * (steps != 1)}: on average an operand "
+        f"measured on {write_share(updates / (len(operands) * steps))} of them."
     )
     return said
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from .records import PARTS, Operand, Training
 from .views import cost_order, episodes, final_values, mac_shares, mean_parts, representable, thinned
 
-_MOST_ROWS, _MOST_EPISODES = 1000, 40
+_MOST_ROWS, _MOST_EPISODES, _MOST_WIDTHS = 1000, 40, 4
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,13 @@ def write_share(value: float | None) -> str:
     return f"{percent:.3g} %" if percent >= 1e-3 else f"{percent:.1e} %"
 
 
-def write_widths(operand: Operand) -> str:
-    """Returns the widths that an operand had, and at which step each began."""
-    first = operand.decisions[0].bits[0] if operand.decisions else operand.bits
-    return " → ".join([f"int{first}", *(f"int{each.bits[1]} at {each.step:,}" for each in operand.changes)])
+def write_widths(operand: Operand, with_steps: bool = True) -> str:
+    """Returns the widths that an operand had, and at which step each began; of many the first ones and the last."""
+    first, changes = operand.decisions[0].bits[0] if operand.decisions else operand.bits, operand.changes
+    widths = [f"int{each.bits[1]}" + f" at {each.step:,}" * with_steps for each in changes]
+    if len(widths) > _MOST_WIDTHS:
+        widths[_MOST_WIDTHS - 1 : -1] = [f"{len(widths) - _MOST_WIDTHS:,} more"]
+    return " → ".join([f"int{first}", *widths])
 
 
 def curves_table(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Table:
@@ -263,13 +266,13 @@ def compared_table(trainings: Sequence[Training], baselines: Mapping[str, Traini
 
 
 def differences_table(trainings: Sequence[Training]) -> Table:
-    """Returns the operands whose width at the end is not the same in all trainings."""
+    """Returns the operands whose width at the end is not the same in all trainings that have them."""
     widths = [{operand.name: operand for operand in training.operands} for training in trainings]
     names = dict.fromkeys(name for found in widths for name in found)
     rows = []
     for name in names:
         cells = [f"int{found[name].last_bits}" if name in found else "–" for found in widths]
-        if len(set(cells)) > 1:
+        if len({*cells} - {"–"}) > 1:
             rows.append([name, *cells])
     title = "Operands that end with different widths"
     return _bounded(Table(["operand", *(training.label for training in trainings)], rows, title=title))

@@ -17,6 +17,7 @@ from numpy import array, nan, ndarray
 
 from ..config import OPERANDS
 from .figures import ALARM, INK, QUIET, SHADES, WIDTH, power, step_axis, styled
+from .numbers import write_widths
 from .records import Operand
 from .views import OperandMap, is_logarithmic, reasons, representable
 
@@ -190,13 +191,7 @@ def _draw_errors(axes: Axes, operand: Operand) -> None:
     axes.yaxis.set_major_locator(LogLocator(numticks=4))
     axes.yaxis.set_major_formatter(lambda value, _: power(10, math.log10(value)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_title(_title(operand))
-
-
-def _title(operand: Operand) -> str:
-    widths = [operand.decisions[0].bits[0] if operand.decisions else operand.bits]
-    widths += [each.bits[1] for each in operand.changes]
-    return f"{shorten(operand.name, 52)}: int{' → '.join(map(str, widths))}"
+    axes.set_title(f"{shorten(operand.name, 52)}: {write_widths(operand, with_steps=False)}")
 
 
 @styled
