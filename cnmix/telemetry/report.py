@@ -369,7 +369,7 @@ def _compare(trainings: list[Training], baselines: dict[str, Training]) -> Secti
             )
         )
     different = numbers.differences_table(trainings)
-    has = [{operand.name for operand in training.operands} for training in trainings]
+    has: list[set[str]] = [{operand.name for operand in training.operands} for training in trainings]
     apart = len(set.union(*has) - set.intersection(*has))
     if apart:
         section.findings.append(f"Not the same operands: {apart:,} of them are in some of the trainings only.")
