@@ -51,8 +51,9 @@ class Bert(nn.Module):
                 f"{weights} lacks config.json: put the files of bert-base-uncased there (config.json, vocab.txt and "
                 "model.safetensors), or give model.args.weights"
             )
-        else:  # by its class's name: a folder of a model for another task has no such last layer, which starts random
+        else:  # a folder of a model for another task has no such last layer, which starts random
             self.network = BertForQuestionAnswering.from_pretrained(weights, local_files_only=True, **settings)
+            self.network.train()  # transformers returns it in evaluation mode, in which there is no dropout
 
     def forward(self, pieces: Tensor, present: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """Says where answers begin and end.

@@ -47,6 +47,7 @@ def objects() -> dict[str, Any]:
         "lightning": lightning,
         "torch": torch,
         "nn": nn,
+        "F": F,
         "cnmix": cnmix,
         "Net": Net,
         "build_model": Net,

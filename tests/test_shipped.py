@@ -109,3 +109,13 @@ def test_an_installed_package_has_them(tmp_path):
     found = subprocess.run(process, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
     files = {Path(file).resolve().relative_to(tmp_path.resolve() / "lib/cnmix/recipes") for file in found.split()}
     assert files == {recipe.file.relative_to(RECIPES) for recipe in shipped_recipes().values()}
+
+
+def test_tiny_on_the_command_line(command):
+    code, _, error = command("train", "digits", "--tiny")
+    assert code == 2
+    assert error.strip().endswith("digits.yaml has no tiny settings")
+    sizes = ["data.args.train=64", "data.args.test=8", "data.args.digits=3", "model.args.width=8", "epochs=1"]
+    code, output, error = command("train", "translation", "--tiny", "threads=1", *sizes)
+    assert (code, error) == (0, "")
+    assert re.search(r"Kept in runs/translation/", output)

@@ -187,7 +187,9 @@ def test_weights_of_a_folder(bert, tmp_path):
     torch.manual_seed(0)
     first = bert.Bert(vocab_size=30, max_position_embeddings=20, **SMALL).eval()
     first.network.save_pretrained(tmp_path / "weights")
-    again = bert.Bert(weights=str(tmp_path / "weights")).eval()
+    again = bert.Bert(weights=str(tmp_path / "weights"))
+    assert all(module.training for module in again.modules())
+    again.eval()
     inputs = torch.randint(30, (2, 9)), torch.ones(2, 9).long(), torch.zeros(2, 9).long()
     with torch.no_grad():
         for a, b in zip(first(*inputs), again(*inputs), strict=True):
@@ -223,3 +225,15 @@ def test_settings():
     assert dict(full.model.args) == {"weights": "data/bert-base-uncased"}
     assert "weights" not in tiny.model.args
     assert (tiny.data.name, tiny.loss, tiny.score) == ("made", full.loss, full.score)
+
+
+def test_full_settings_on_files_and_weights(bert, tmp_path):
+    bert.Bert(vocab_size=40, max_position_embeddings=64, **SMALL).network.save_pretrained(tmp_path)
+    files = write(tmp_path, squad(("where?", "Nantes"), ("what is it?", "a river")))
+    data = [f"data.args.{name}={value}" for name, value in files.items() if name != "vocabulary"]
+    small = ["data.args.length=24", "data.args.stride=8", "epochs=1", "threads=1", f"output={tmp_path}"]
+    recipe = load_recipe("bert", [f"model.args.weights={tmp_path}", *data, *small])
+    assert recipe.data.args.vocabulary == str(tmp_path / "vocab.txt")
+    _, (result,), _ = run_recipe(recipe, "bert", progress=False)
+    assert result.test_accuracy in (0, 0.5, 1)
+    assert result.test_loss < 10
