@@ -370,11 +370,12 @@ def _compare(trainings: list[Training], baselines: dict[str, Training]) -> Secti
         )
     different = numbers.differences_table(trainings)
     has: list[set[str]] = [{operand.name for operand in training.operands} for training in trainings]
-    apart = len(set.union(*has) - set.intersection(*has))
+    shared = has[0].intersection(*has[1:])
+    apart = len(has[0].union(*has[1:]) - shared)
     if apart:
         section.findings.append(f"Not the same operands: {apart:,} of them are in some of the trainings only.")
     if different.rows:
         section.tables.append(different)
-    elif set.intersection(*has):
+    elif shared:
         section.findings.append("Every operand that they share ends with the same width in all of them.")
     return section
