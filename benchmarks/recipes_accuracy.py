@@ -79,6 +79,7 @@ def train(run: Run, threads: int, limit: float) -> dict[str, Any]:
         RuntimeError: with the last lines of its output, if it failed or took too long.
     """
     name, level, seed = run
+    settings = fingerprint(name)  # those that it begins with
     with tempfile.TemporaryDirectory() as folder:
         given = [*settings_of(name), f"threads={threads}", f"output={folder}", f"cnmix.opt_level={level}"]
         if name == "yolov3":
@@ -98,7 +99,7 @@ def train(run: Run, threads: int, limit: float) -> dict[str, Any]:
         "recipe": name,
         "level": level,
         "seed": seed,
-        "settings": fingerprint(name),
+        "settings": settings,
         "score": score,
         "seconds": round(result["seconds"], 1),
     }
