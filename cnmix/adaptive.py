@@ -95,7 +95,7 @@ class OperandQuantizer:
             if training:
                 self._watch_saturation(quantized)
         if self.look_next and training:
-            self.look(x, quantized)
+            self.look(x, quantized, found.absmax)
         self.notice(quantized, training)
         return quantized, found
 
@@ -144,14 +144,14 @@ class OperandQuantizer:
                 self.look(x, quantized)
 
     @timed("look")
-    def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
-        """Looks at a training step's tensor, as ``look_next`` asks for, which ends with it."""
+    def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch, absmax: float = math.inf) -> None:
+        """Looks at a training step's tensor, as ``look_next`` asks for, which ends with it; ``absmax`` where known."""
         everything, self.look_next = self.look_next is True, False
         with torch._C.DisableTorchFunction():  # what looking calls is not the model's, which may be watched for that
             if everything:
                 self.shares = kernels.shares(x, quantized)
             if self.listener is not None:
-                self.listener.looked(self, x, quantized)
+                self.listener.looked(self, x, quantized, absmax)
 
     def repeated(
         self, x: Tensor, bits: int, position: int | None, stream: int, start: int = 0, training: bool = True
@@ -209,7 +209,7 @@ class OperandQuantizer:
                 in the one that comes next.
             steps_per_round: steps that the operand takes in a round.
         """
-        state = self.state
+        state, before = self.state, self.observation
         state.step = step
         state.saturation += seen.saturation
         if seen.absmax > 0:
@@ -218,6 +218,8 @@ class OperandQuantizer:
         elif self.config.saturation is not None:
             self._look_for_saturation()
         self.observe(seen.rounds, steps_per_round)
+        if self.observation is not None and before is not None and not seen.absmax > 0:
+            self.observation.missed = before.due_round < seen.rounds.present
 
     @property
     def draw_seed(self) -> int:
@@ -311,7 +313,7 @@ class OperandQuantizer:
         config, state, listener = self.config, self.state, self.listener
         before, reason = (state.bits, state.position), ""
         if listener is not None:  # while the state still has what it follows from
-            reason = why_measured(state, config, self.observation is not None)
+            reason = why_measured(state, config, self.observation)
         interval_reason = self._schedule(position, error, widened=bits - state.bits)
         state.bits = bits
         threshold = config.threshold_for(self.product)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .config import QuantizeConfig
 from .fixed_point import FixedPoint, FixedPointBatch
-from .operand import OperandState
+from .operand import Observation, OperandState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,23 +54,29 @@ class QuantizerListener(Protocol):
     def met_nonfinite(self, quantizer: OperandQuantizer) -> None:
         """Takes note of the first tensor of a row with NaN or infinity."""
 
-    def looked(self, quantizer: OperandQuantizer, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
-        """Takes note of a tensor, float of any shape, that ``look_next`` asked for, and of its integers."""
+    def looked(
+        self, quantizer: OperandQuantizer, x: Tensor, quantized: FixedPoint | FixedPointBatch, absmax: float
+    ) -> None:
+        """Takes note of a tensor, float of any shape, that ``look_next`` asked for, and of its integers.
+
+        ``absmax`` is its largest magnitude, infinity where that is not known.
+        """
 
 
-def why_measured(state: OperandState, config: QuantizeConfig, together: bool) -> str:
+def why_measured(state: OperandState, config: QuantizeConfig, seen: Observation | None) -> str:
     """Returns the reason of the update of the step that ``state`` has just counted; see ``Decision``.
 
     Args:
         state: before the update.
         config: settings of the operand.
-        together: whether several processes decide, in rounds that need not end with the step that was due.
+        seen: since the processes last agreed, where several decide: in rounds, which end with other steps than the one
+            that was due.
     """
     step, epoch = state.step - 1, config.steps_per_epoch
-    if state.updates == 0 and (together or step == state.next_update):
-        return "first"
-    if step > state.next_update and not together:
+    if step > state.next_update if seen is None else seen.missed:
         return "nothing measured before"
+    if state.updates == 0:
+        return "first"
     if config.online:
         return "online"
     if state.next_update < state.last_update + state.interval:

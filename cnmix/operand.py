@@ -71,6 +71,7 @@ class Observation:
         sums: for each width that was measured the sum of the differences that QEM takes, and of the magnitudes.
         saturation: sum of the shares of saturated values in the steps in between.
         patience: rounds to wait before it is asked for again, if no process has run it.
+        missed: whether a round that was due before found nothing to measure.
     """
 
     first_step: int = 0
@@ -80,6 +81,7 @@ class Observation:
     sums: dict[int, tuple[float, float]] = field(default_factory=dict)
     saturation: float = 0.0
     patience: int = 1
+    missed: bool = False
 
     @property
     def due(self) -> bool:

@@ -140,9 +140,15 @@ def _summed_dim(source: Tensor, dim: int | None) -> int | None:
 
 
 @timed("adapt")
-def saturated_share(x: FixedPoint | FixedPointBatch) -> float:
-    """Returns the share of values at the limits of the format, in [0, 1]; 0 for an empty tensor."""
-    if x.values.numel() == 0:
+def saturated_share(x: FixedPoint | FixedPointBatch, absmax: float = math.inf) -> float:
+    """Returns the share of values at the limits of the format, in [0, 1]; 0 for an empty tensor.
+
+    Args:
+        x: the integers.
+        absmax: largest magnitude of what was quantized, where it is known: mostly it tells that there are none.
+    """
+    within = isinstance(x, FixedPoint) and absmax * 2.0**-x.position <= limits(x.bits)[1] - 1  # however it was rounded
+    if within or x.values.numel() == 0:
         return 0.0
     values = _flat(x.values)
     least, largest = torch.aminmax(values)  # far quicker than to count, and few tensors reach a limit

@@ -173,6 +173,11 @@ class Recorder:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:  # of one that nobody closed, kernels would tell of their time for ever
+        sample = getattr(self, "_sample", None)
+        if sample is not None:
+            remove_listener(sample)
+
     def begin_step(self, step: int | None = None) -> None:
         """Begins an optimizer step; without a number, the one after the last."""
         if not self._active:
@@ -262,7 +267,9 @@ class Recorder:
             watched.met_nonfinite = True
             self._write("nonfinite", step=self._step, id=watched.number)
 
-    def looked(self, quantizer: OperandQuantizer, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
+    def looked(
+        self, quantizer: OperandQuantizer, x: Tensor, quantized: FixedPoint | FixedPointBatch, absmax: float
+    ) -> None:
         """Measures an operand that this step is to sample."""
         watched = self._watched[id(quantizer)]
         if self._sample is None or not watched.statistics:  # another asked for it
@@ -270,7 +277,7 @@ class Recorder:
         position = quantized.position if isinstance(quantized, FixedPoint) else quantizer.state.position
         found: dict[str, Any] = {"bits": quantized.bits, "position": position}
         if "saturation" in watched.statistics:
-            found["saturation"] = saturated_share(quantized) if quantized.finite else None
+            found["saturation"] = saturated_share(quantized, absmax) if quantized.finite else None
         if "scale" in watched.statistics:
             found["scale"] = None if position is None else math.ldexp(1.0, position)
         names = [name for name in _OF_VALUES if name in watched.statistics]

@@ -74,3 +74,12 @@ def test_any_memory_layout():
     for other in (x.to(memory_format=torch.channels_last), x.permute(2, 0, 3, 1), x.requires_grad_()):
         assert shares(other, quantize_measured(other, 8, -3)[0]) == expected
     assert expected.saturation == kernels.saturated_share(FixedPoint(quantize_measured(x, 8, -3)[0].values, 8, -3))
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+@pytest.mark.parametrize("bits", [8, 16, 31])
+def test_largest_magnitude_tells_where_nothing_is_at_the_limits(bits, rounding):
+    for largest in (100.0, 126.0, 126.4, 127.0, 127.6, 128.0, 500.0, -126.0, -127.6, -128.0):
+        x = torch.cat([torch.linspace(-3, 3, 50), torch.tensor([largest * 2.0 ** (bits - 8)])])
+        quantized, found = kernels.quantize_measured(x, bits, 0, rounding, seed=1)
+        assert kernels.saturated_share(quantized, found.absmax) == kernels.saturated_share(quantized)

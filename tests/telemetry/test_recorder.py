@@ -1,6 +1,7 @@
 """The file that a recorder writes."""
 
 import copy
+import gc
 import json
 import math
 
@@ -293,3 +294,42 @@ def test_recurrent_layers_are_sampled(tmp_path):
     _, of = read(tmp_path)
     assert {line["id"] for line in of("sample") if line["step"] == 1} == set(range(6))
     assert all(line["quantize"] > 0 < line["product"] for line in of("time"))
+
+
+def test_a_recorder_that_cannot_begin_leaves_the_model_free(tmp_path):
+    model, _ = cnmix.initialize(Calling(), opt_level="O1")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        record(model, tmp_path / "file" / "run")
+    record(model, tmp_path).close()
+
+
+def test_two_recorders_of_functions_alone(tmp_path):
+    class Multiplies(nn.Module):
+        def forward(self, x):
+            return x @ x.t()
+
+    model, _ = cnmix.initialize(Multiplies(), opt_level="O1")
+    with record(model, tmp_path), pytest.raises(RuntimeError, match="another recorder records this model"):
+        record(model, tmp_path / "other")
+
+
+def test_steps_that_never_ended(tmp_path):
+    model, _ = cnmix.initialize(Net(), opt_level="O1", steps_per_epoch=10)
+    recorder = Recorder(model, tmp_path, every_n_steps=2)
+    for step in range(2):  # the first is sampled, and left before its backward pass
+        recorder.begin_step(step)
+        model(torch.randn(2, 1, 6, 6)).sum()
+    assert listeners() == ()
+    recorder.end_step()
+    recorder.begin_step(2)
+    assert len(listeners()) == 1
+    with pytest.raises(ValueError, match="a metric cannot be called step or kind"):
+        recorder.end_step(step=2)
+    recorder.flush()
+    _, of = read(tmp_path)
+    assert [(line["first"], line["last"]) for line in of("steps")] == []  # they come with the next sample
+    assert of("time") == of("sample") == []
+    del recorder, model
+    gc.collect()
+    assert listeners() == ()

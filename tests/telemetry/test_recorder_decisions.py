@@ -25,7 +25,7 @@ class Kept:
     def met_nonfinite(self, quantizer):
         self.nonfinite.append(quantizer.state.step - 1)
 
-    def looked(self, quantizer, x, quantized):
+    def looked(self, quantizer, x, quantized, absmax):
         raise AssertionError
 
 
@@ -127,6 +127,20 @@ def test_several_processes_tell_what_they_agreed_on():
     assert (decision.step, decision.reason, decision.bits, decision.outcome) == (0, "first", (8, 16), "widened")
     assert decision.errors == {8: pytest.approx(math.log2(1 + 2 / 64)), 16: 0.0}
     assert decision.position == (None, -15)
+
+
+def test_several_processes_that_had_nothing_to_measure():
+    quantizer, kept = quantizer_of(steps_per_epoch=50, quantify_rate=0.0)
+    rounds = Rounds()
+    quantizer.observe(rounds)
+    for step, absmax in enumerate((0.0, 0.5, 0.5)):
+        rounds.present = step + 1
+        sums = {8: (0.0, 64.0)} if absmax else {}
+        quantizer.agree(step + 1, Observation(absmax=absmax, sums=sums, rounds=rounds), 1.0)
+    assert [(each.step, each.reason) for each in kept.decisions] == [
+        (1, "nothing measured before"),
+        (2, "interval ended"),
+    ]
 
 
 def test_micro_batches_that_share_a_weight_tell_of_each_update():
