@@ -66,7 +66,8 @@ class Bert(nn.Module):
         Returns:
             Logits of begin and of end at each piece, float32, shape (N, T) each.
         """
-        answer = self.network(pieces, attention_mask=present, token_type_ids=part)
+        # In this shape transformers takes the mask as it is; what it makes of another one, no offline model can have.
+        answer = self.network(pieces, attention_mask=present[:, None, None, :].bool(), token_type_ids=part)
         return answer.start_logits, answer.end_logits
 
 
