@@ -57,16 +57,11 @@ def settings_of(name: str) -> list[str]:
 
 def fingerprint(name: str) -> str:
     """Returns a short name for the settings of a recipe, so that rows of others are not taken for these."""
-    if name == "yolov3":
-        text = " ".join(YOLOV3) + (RECIPES / "yolov3" / "shapes.yaml").read_text()
-    else:
-        from omegaconf import OmegaConf
+    from omegaconf import OmegaConf
 
-        from cnmix.recipe import load_recipe
-
-        recipe = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny="--tiny" in settings_of(name)))
-        text = json.dumps({key: value for key, value in recipe.items() if key not in ("module", "output", "seeds")})
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    file = RECIPES / "yolov3" / "shapes.yaml" if name == "yolov3" else RECIPES / f"{name}.yaml"
+    settings = [OmegaConf.to_container(OmegaConf.load(file)), settings_of(name)]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
 def train(run: Run, threads: int, limit: float) -> dict[str, Any]:
@@ -84,6 +79,7 @@ def train(run: Run, threads: int, limit: float) -> dict[str, Any]:
         RuntimeError: with the last lines of its output, if it failed or took too long.
     """
     name, level, seed = run
+    settings = fingerprint(name)  # those that it begins with
     with tempfile.TemporaryDirectory() as folder:
         given = [*settings_of(name), f"threads={threads}", f"output={folder}", f"cnmix.opt_level={level}"]
         if name == "yolov3":
@@ -103,7 +99,7 @@ def train(run: Run, threads: int, limit: float) -> dict[str, Any]:
         "recipe": name,
         "level": level,
         "seed": seed,
-        "settings": fingerprint(name),
+        "settings": settings,
         "score": score,
         "seconds": round(result["seconds"], 1),
     }

@@ -132,7 +132,7 @@ def executed_products(
         raise RuntimeError("a profiler is on, and torch runs one at a time: call executed_products outside of it")
     compiled = compiled_modules(model)
     whole, model = model, unwrap(model)
-    with trial(whole), _ranges(model), profile(record_shapes=True) as profiled:
+    with trial(whole, loss), _ranges(model), profile(record_shapes=True) as profiled:
         args, named = copied((example, kwargs))
         output = model(*args, **named)
         total = total_of(output) if loss is None else loss(output)

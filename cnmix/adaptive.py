@@ -13,9 +13,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from . import kernels
+from .closing import Closing
 from .config import Product, QuantizeConfig
 from .decisions import Decision, QuantizerListener, why_measured
 from .fixed_point import BITS, FixedPoint, FixedPointBatch, Rounding, choose_position
@@ -45,11 +47,11 @@ class OperandQuantizer:
             and show the tensor to the listener; "values" does the latter alone.
         shares: what the format did not hold of the tensor that was looked at last. Not part of the state.
         listener: is told of every decision, of NaN and infinity, and of tensors that are looked at. A copy has none.
-        closed: whether it has measured for the last time: width and position stay. Not part of the state.
+        closing: says when it has measured for the last time, and width and position stay. Not part of the state.
     """
 
     look_next: bool | Literal["values"] = False
-    closed = False
+    closing: Closing | None = None
     shares: kernels.Shares | None = None
     listener: QuantizerListener | None = None
 
@@ -109,9 +111,13 @@ class OperandQuantizer:
                 self.listener.met_nonfinite(self)
 
     @property
+    def _closed(self) -> bool:
+        return self.closing is not None and self.closing.closed
+
+    @property
     def due(self) -> bool:
         """Whether the next training step measures."""
-        if self.closed and self.state.position is not None:
+        if self._closed and self.state.position is not None:
             return False
         if self.observation is not None:
             return self.observation.due
@@ -140,11 +146,12 @@ class OperandQuantizer:
     @timed("look")
     def look(self, x: Tensor, quantized: FixedPoint | FixedPointBatch) -> None:
         """Looks at a training step's tensor, as ``look_next`` asks for, which ends with it."""
-        if self.look_next is True:
-            self.shares = kernels.shares(x, quantized)
-        self.look_next = False
-        if self.listener is not None:
-            self.listener.looked(self, x, quantized)
+        everything, self.look_next = self.look_next is True, False
+        with torch._C.DisableTorchFunction():  # what looking calls is not the model's, which may be watched for that
+            if everything:
+                self.shares = kernels.shares(x, quantized)
+            if self.listener is not None:
+                self.listener.looked(self, x, quantized)
 
     def repeated(
         self, x: Tensor, bits: int, position: int | None, stream: int, start: int = 0, training: bool = True
@@ -261,14 +268,15 @@ class OperandQuantizer:
             The width that this process's own tensor wants.
         """
         differences: dict[int, tuple[float, float]] = {}
+        errors: dict[int, float | None] = {}
 
         def error_at(bits: int) -> float:
             differences[bits] = sums_at(bits)
-            return relative_error(*differences[bits])
+            errors[bits] = error = relative_error(*differences[bits])
+            return error
 
         bits, error = self._choose_width(error_at)
         if self.observation is None:
-            errors = {width: relative_error(*each) for width, each in differences.items()}
             self._adopt(bits, choose_position(absmax, bits), error, errors)
         else:
             self.observation.add(absmax, differences)
@@ -328,7 +336,7 @@ class OperandQuantizer:
 
     def _watch_saturation(self, quantized: FixedPoint) -> None:
         """Brings the next update forward where too many values since the last one lay at the limits of the format."""
-        if self.config.saturation is None or self.closed:
+        if self.config.saturation is None or self._closed:
             return
         share = kernels.saturated_share(quantized)
         if self.observation is not None:

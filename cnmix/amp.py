@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .benchmark.protocol import strategy_count
+from .closing import strategy_count
 from .config import OperandConfigs, Product, QuantizeConfig
 from .nn import (
     QUANTIZED_CLASSES,
@@ -154,7 +154,7 @@ def initialize(
         name_modules(model)
         for ranks in {*ranks_of(model)}:
             ranks.choose(process_group)
-            ranks.closing.begin(close_after)
+            ranks.close_after(close_after)
     for model in new_models:
         registry.models[model] = setup
         if registry.waiting_models:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .config import QuantizeConfig
 from .fixed_point import FixedPoint, FixedPointBatch
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from .adaptive import OperandQuantizer
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What one update step of one operand measured, and what followed from it.
 
     Attributes:

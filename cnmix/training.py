@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from . import checkpoint
-from .benchmark.protocol import STRATEGY_COUNT, strategy_count, unwarned
+from .closing import STRATEGY_COUNT, strategy_count, unwarned
 from .config import OperandConfigs
 from .evaluation import LAST_FILE, MODEL_FILE, check_weights_fit, evaluate, evaluation_batches, read_checkpoint
 from .lightning import AtomicCheckpointIO, CnmixPlugin, CnmixProgressBar, CnmixTelemetry
@@ -166,17 +166,18 @@ def run_recipe(
     modules = [_modules_to_convert(recipe, model, level) for level in chosen]
     for rule in telemetry_rules(recipe):
         RuleBook(model, ()).check_names_of(rule)
+    done = 0
     if resume is not None:
         if levels or len(chosen) * len(recipe.seeds) > 1:
             raise ValueError("--resume goes on with one run: give one seed (seeds=[0]) and no --compare or --levels")
-        _check_resumable(Path(resume), model, modules[0], chosen[0], recipe.epochs)
+        done = _check_resumable(Path(resume), model, modules[0], chosen[0], recipe.epochs)
     data = load_data(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     folder = _new_folder(Path(recipe.output) / name)
     OmegaConf.save(recipe, folder / "recipe.yaml")
     if count:
-        iterations = recipe.epochs * math.ceil(len(data[0]) / recipe.batch_size)  # type: ignore[arg-type]
+        iterations = (recipe.epochs - done) * math.ceil(len(data[0]) / recipe.batch_size)  # type: ignore[arg-type]
         closes = f": the adaptive strategy closes after {count} iterations"
         if count >= iterations:
             closes = f" is beyond the {iterations} iterations of a run: the adaptive strategy does not close"
@@ -278,8 +279,8 @@ def _modules_to_convert(recipe: DictConfig, model: nn.Module, name: str) -> Mapp
 
 def _check_resumable(
     file: Path, model: nn.Module, modules: Mapping[str, OperandConfigs], level: str, epochs: int
-) -> None:
-    """Refuses a checkpoint that training cannot go on from: not Lightning's, of another network or level, or done."""
+) -> int:
+    """Returns the epochs that a checkpoint has trained; refuses one of another network or level, or that is done."""
     saved = read_checkpoint(file)
     if saved.get("epoch") is None:
         raise ValueError(f"{file} is no checkpoint to go on from: give the last.ckpt of a run")
@@ -292,8 +293,10 @@ def _check_resumable(
     check_names_fit(type(model).__name__, set(modules), states[0], calling)
     for fqn, configs in modules.items():
         check_widths(states[0]["modules"][fqn], fqn, configs)
-    if saved["epoch"] + 1 >= epochs:
-        raise ValueError(f"{file} has trained {saved['epoch'] + 1} epochs already: give more with epochs=")
+    done = int(saved["epoch"]) + 1
+    if done >= epochs:
+        raise ValueError(f"{file} has trained {done} epochs already: give more with epochs=")
+    return done
 
 
 def _new_folder(parent: Path) -> Path:

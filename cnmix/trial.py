@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +22,7 @@ from .registry import unwrap
 
 
 @contextmanager
-def trial(model: nn.Module) -> Iterator[None]:
+def trial(model: nn.Module, loss: Any = None) -> Iterator[None]:
     """Runs what is within on the model as it is, eagerly, and puts back what it changed.
 
     Put back are parameters' gradients, buffers, quantizers and torch's random numbers; parameters are taken not to
@@ -30,6 +31,7 @@ def trial(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: as it is called, so perhaps wrapped by ``torch.compile`` or DistributedDataParallel.
+        loss: what the step's loss is computed by; where that is a module, what it has is put back too.
 
     Raises:
         ValueError: if the model has lazy modules without weights yet.
@@ -39,7 +41,8 @@ def trial(model: nn.Module) -> Iterator[None]:
     lazy = next((fqn for fqn, each in model.named_parameters() if is_lazy(each)), None)
     if lazy is not None:
         raise ValueError(f"{lazy!r} has no shape yet, and a forward pass would give it one: run one first")
-    with _unchanged(model), _functions_in_float(compiled), eagerly():
+    both = nn.ModuleList([model, loss]) if isinstance(loss, nn.Module) else model
+    with _unchanged(both), _functions_in_float(compiled), eagerly():
         yield
 
 
@@ -81,11 +84,13 @@ def total_of(output: Any) -> Tensor | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested tuples, lists and mappings."""
+    """Yields the tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         yield from tensors_in([*value.values()])
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, each.name, None) for each in dataclasses.fields(value)])
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from tensors_in(each)

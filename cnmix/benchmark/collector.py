@@ -13,7 +13,8 @@ from datetime import datetime
 from time import perf_counter
 from typing import Any
 
-from .protocol import STRATEGY_COUNT, strategy_count
+from ..closing import STRATEGY_COUNT, strategy_count
+from .protocol import AVG_LOG, BENCHMARK_LOG, log_file
 
 logger = logging.getLogger("cnmix")
 
@@ -118,7 +119,7 @@ class MetricCollector:
         profile_memory: taken, and without effect: no field of the log has it.
 
     Raises:
-        ValueError: for a bad value of ``MLU_ADAPTIVE_STRATEGY_COUNT``.
+        ValueError: for a bad value of ``MLU_ADAPTIVE_STRATEGY_COUNT``, or a log that cannot be written.
     """
 
     def __init__(
@@ -131,10 +132,11 @@ class MetricCollector:
         profile_memory: bool = False,
     ) -> None:
         self._skipped = strategy_count()
-        benchmark_log, average_log = os.environ.get("BENCHMARK_LOG"), os.environ.get("AVG_LOG")
-        self._benchmark_log = None if enable_only_avglog and not enable_only_benchmark else benchmark_log
-        self._average_log = None if enable_only_benchmark and not enable_only_avglog else average_log
-        self._enabled = enable and bool(self._benchmark_log or self._average_log)
+        without_benchmark = enable_only_avglog and not enable_only_benchmark
+        without_average = enable_only_benchmark and not enable_only_avglog
+        self._benchmark_log = log_file(BENCHMARK_LOG) if enable and not without_benchmark else None
+        self._average_log = log_file(AVG_LOG) if enable and not without_average else None
+        self._enabled = bool(self._benchmark_log or self._average_log)
         self._metrics: dict[str, Any] = {}
         self._timers: list[Timer] = []
         if self._enabled and record_hardware_time and _has_notifiers():
@@ -212,7 +214,7 @@ def append_benchmark_log(path: str, metrics: Mapping[str, Any], batch_time: floa
     if "throughput" not in known and seconds and {"batch_size", "cards"} <= known.keys():
         known["throughput"] = round(known["batch_size"] / seconds * known["cards"], 2)
     record = {key: known.get(key, _UNKNOWN) for key in _KEYS}
-    _append(path, json.dumps(record, indent=4, ensure_ascii=False) + "\n")
+    _append(path, json.dumps(record, indent=4) + "\n")
 
 
 def append_average_log(path: str, metrics: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch.multiprocessing as multiprocessing
 from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_map
 
-from .protocol import STRATEGY_COUNT
+from ..closing import STRATEGY_COUNT
 
 CARDS = ("MLU220", "MLU270", "MLU290", "MLU370", "MLU590")
 _FILE = "estimates.json"
@@ -66,7 +66,7 @@ def _run(recipe: dict[str, Any], levels: Sequence[str], folder: str) -> None:
 def _estimate(recipe: DictConfig, level: str, file: Path) -> dict[str, float]:
     """Returns the seconds of a training step on each card; runs where the emulation is in place."""
     from .. import state
-    from ..nn import quantizer_sets
+    from ..nn.callers import ranks_of
     from ..recipe import load_data
     from ..task import batches, load_task
     from ..torch_mlu.catch_perf import profiler
@@ -80,9 +80,8 @@ def _estimate(recipe: DictConfig, level: str, file: Path) -> dict[str, float]:
     if saved["cnmix"] is not None:
         state.load_state_dict(saved["cnmix"], model)
     model.to("mlu").train()
-    for _, quantizers in quantizer_sets(model):
-        for _, quantizer in quantizers:
-            quantizer.closed = True
+    for ranks in ranks_of(model):
+        ranks.closing.closed = True
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes what the optimizer keeps, which later steps find there

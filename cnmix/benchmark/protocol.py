@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-STRATEGY_COUNT = "MLU_ADAPTIVE_STRATEGY_COUNT"
-"""Training iterations after which the adaptive strategy closes; those before are not timed."""
+from ..closing import STRATEGY_COUNT, read_iterations
+
+BENCHMARK_LOG, AVG_LOG = "BENCHMARK_LOG", "AVG_LOG"
+"""The files that records, and lines with accuracies, are appended to."""
 
 TOTAL_ITERATIONS = "CATCH_MODEL_TOTAL_ITERS"
 """Iterations of a short timed run."""
@@ -19,15 +18,6 @@ DEFAULT_STRATEGY_COUNT = 100
 
 DEFAULT_ITERATIONS = 50
 """Iterations after them whose average is the result."""
-
-
-def strategy_count() -> int:
-    """Returns ``MLU_ADAPTIVE_STRATEGY_COUNT``: 0 where it is not set, and the strategy never closes.
-
-    Raises:
-        ValueError: if it is no whole number of iterations.
-    """
-    return _whole_number(STRATEGY_COUNT) or 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,8 @@ class Plan:
 def make_plan(iterations: int = DEFAULT_ITERATIONS) -> Plan:
     """Returns how long a timed run is, as the variables say.
 
-    ``MLU_ADAPTIVE_STRATEGY_COUNT`` iterations are skipped, 100 where it is not set. ``CATCH_MODEL_TOTAL_ITERS`` is how
+    ``MLU_ADAPTIVE_STRATEGY_COUNT`` iterations are skipped, 100 where it is not set; 0 skips none, and operands adapt
+    throughout. ``CATCH_MODEL_TOTAL_ITERS`` is how
     many iterations there are in all, in place of ``iterations`` after those; without the other variable it skips one.
 
     Args:
@@ -62,37 +53,32 @@ def make_plan(iterations: int = DEFAULT_ITERATIONS) -> Plan:
     """
     if iterations < 1:
         raise ValueError(f"a timed run needs at least 1 iteration, got {iterations}")
-    total = _whole_number(TOTAL_ITERATIONS)
+    count, total = read_iterations(STRATEGY_COUNT), read_iterations(TOTAL_ITERATIONS)
     if total is None:
-        return Plan(strategy_count() or DEFAULT_STRATEGY_COUNT, iterations)
-    skipped = strategy_count() or 1
-    if skipped >= total:
-        raise ValueError(
-            f"{STRATEGY_COUNT} skips {skipped} iterations, and {TOTAL_ITERATIONS} ends the run after {total}: nothing "
-            "is left to time. Lower the one or raise the other"
-        )
-    return Plan(skipped, total - skipped)
+        return Plan(DEFAULT_STRATEGY_COUNT if count is None else count, iterations)
+    skipped = 1 if count is None else count
+    if skipped < total:
+        return Plan(skipped, total - skipped)
+    if count is None or total == 0:
+        raise ValueError(f"{TOTAL_ITERATIONS}={total} leaves nothing to time: it needs at least 2")
+    raise ValueError(
+        f"{STRATEGY_COUNT} skips {skipped} iterations, and {TOTAL_ITERATIONS} ends the run after {total}: nothing is "
+        "left to time. Lower the one or raise the other"
+    )
 
 
-@contextlib.contextmanager
-def unwarned() -> Iterator[None]:
-    """Leaves out the warning of ``initialize`` that the strategy closes early, where that is said already."""
+def log_file(name: str) -> str | None:
+    """Returns the file that ``BENCHMARK_LOG`` or ``AVG_LOG`` names, None where it is not set or empty.
 
-    def other(record: logging.LogRecord) -> bool:
-        return STRATEGY_COUNT not in record.getMessage()
-
-    logger = logging.getLogger("cnmix")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
-
-
-def _whole_number(name: str) -> int | None:
-    text = os.environ.get(name, "").strip()
-    if not text:
+    Raises:
+        ValueError: if nothing can be appended to it: said before a run, and not after it.
+    """
+    path = os.environ.get(name)
+    if not path:
         return None
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name} must be a whole number of iterations, 0 or more, got {text!r}: correct or unset it")
-    return int(text)
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"{name}={path} cannot be written: there is no folder {folder}")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"{name}={path} cannot be written: give a file that may be")
+    return path

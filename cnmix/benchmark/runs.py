@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 from .. import amp, state
+from ..closing import STRATEGY_COUNT, unwarned
 from ..recipe import (
     build_model,
     build_optimizer,
@@ -32,7 +33,7 @@ from ..strategies import find_level
 from ..task import batches, call, load_task
 from .collector import Timer, append_average_log, append_benchmark_log
 from .estimates import CARDS, estimate_steps
-from .protocol import STRATEGY_COUNT, Plan, unwarned
+from .protocol import AVG_LOG, BENCHMARK_LOG, Plan, log_file
 
 FLOAT = "fp32"
 """What the vendor calls training without cnmix, among the levels."""
@@ -96,8 +97,8 @@ def run_benchmark(
         report: called with a line when a level is done; with several processes it has to be picklable.
 
     Raises:
-        ValueError: for an unknown level, one that stands there twice or cannot take the recipe's settings, or where
-            there is not a sample for each process.
+        ValueError: for an unknown level, one that stands there twice or cannot take the recipe's settings, a log that
+            cannot be written, or where there is not a sample for each process.
     """
     data = _check(recipe, levels, devices)
     with tempfile.TemporaryDirectory() as folder, _variable(STRATEGY_COUNT, f"{plan.skipped}"):
@@ -245,6 +246,8 @@ def _check(recipe: DictConfig, levels: Sequence[str], devices: int) -> Dataset[A
         raise ValueError(f"name each level once, as --levels {FLOAT},O0,O1, got {','.join(levels) or 'none'}")
     opt_levels = [level for level in levels if level != FLOAT]
     choose_levels(recipe, False, opt_levels)
+    for name in (BENCHMARK_LOG, AVG_LOG):
+        log_file(name)
     if not 1 <= devices <= 64:
         raise ValueError(f"there can be 1 to 64 devices, got {devices}")
     model = build_model(recipe)
@@ -270,9 +273,9 @@ def _log(time: LevelTime, name: str, batch_size: int, devices: int) -> None:
         "batch_time_var": round(time.variance, 6),
         "throughput": round(time.throughput, 2),
     }
-    if path := os.environ.get("BENCHMARK_LOG"):
+    if path := log_file(BENCHMARK_LOG):
         append_benchmark_log(path, metrics)
-    if path := os.environ.get("AVG_LOG"):
+    if path := log_file(AVG_LOG):
         append_average_log(path, metrics)
 
 

@@ -26,26 +26,31 @@ def benchmark(
 ) -> None:
     """Time training steps after MLU_ADAPTIVE_STRATEGY_COUNT iterations (100 where it is not set)."""
     from ..benchmark.protocol import make_plan
-    from ..benchmark.runs import run_benchmark
+    from ..benchmark.runs import notes, run_benchmark
     from ..recipe import load_recipe
 
     plan = make_plan(iterations)
     loaded = load_recipe(recipe, overrides or [], tiny=tiny)
-    print_lines(
-        f"{plan.skipped} iterations in which operands adapt, then {plan.timed} that are timed; no evaluation, and the "
-        "accuracy of such a run is not valid"
-    )
+    adapt = f"{plan.skipped} iterations in which operands adapt, then {plan.timed} that are timed"
+    if not plan.skipped:
+        adapt = f"{plan.timed} iterations that are timed, in which operands adapt as ever"
+    print_lines(f"{adapt}; no evaluation, and the accuracy of such a run is not valid")
     chosen = [level.strip() for level in levels.split(",") if level.strip()]
     result = run_benchmark(loaded, recipe.stem, plan, chosen, devices=devices, report=print_lines)
     console.print(_table(result, recipe.stem, plan, loaded.batch_size, devices))
     if result.no_estimates:
         print_lines(f"no estimates for the cards: {result.no_estimates}")
+    else:
+        print_lines(
+            "ESTIMATED: a step of one card by the cost model, where every kernel reaches the card's peak; nothing was "
+            f"measured on a card. {'; '.join(notes())}"
+        )
 
 
 def _table(result: BenchmarkResult, name: str, plan: Plan, batch_size: int, devices: int) -> Table:
     """Returns a column for each level, and a row for each measure and card."""
     from ..benchmark.estimates import CARDS
-    from ..benchmark.runs import FLOAT, notes
+    from ..benchmark.runs import FLOAT
 
     where = "1 device" if devices == 1 else f"{devices} devices"
     table = Table(title=f"{name}: {plan.timed} iterations of {batch_size} samples on {where}")
@@ -61,8 +66,4 @@ def _table(result: BenchmarkResult, name: str, plan: Plan, batch_size: int, devi
     if not result.no_estimates:
         for card in CARDS:
             table.add_row(f"{card}, s, ESTIMATED", *(f"{each.estimates[card]:.3g}" for each in result.levels))
-        table.caption = (
-            "ESTIMATED: a step of one card by the cost model, where every kernel reaches the card's peak; nothing was "
-            f"measured on a card. {'; '.join(notes())}"
-        )
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,8 +150,8 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
 
     Afterwards the model, its gradients, buffers, quantizers and torch's random numbers are what they were. It takes the
     memory of two training steps, and of a float32 copy of every product's operands, results and gradients: choose a
-    small batch. Where several processes train the model, one may call it alone: it decides by its own batch, outside of
-    DistributedDataParallel.
+    small batch. Where several processes train the model, one may call it alone, between two training steps: it decides
+    by its own batch, outside of DistributedDataParallel.
 
     Args:
         model: initialized with ``cnmix.initialize``; it runs in the mode that it is in.
@@ -167,13 +167,14 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
         ValueError: if nothing in the model computes in fixed point, or it is frozen for inference.
     """
     steps = Steps(model, example, kwargs, loss)
-    floats, rounded = _Calls(repeats=True), _Calls(repeats=False)
     with steps.prepared():
+        rounded = _Calls(_names_in(steps.model), repeats=False)
         fixed_outcome = steps.run(rounded)
         bits = {name: quantizers.bits for name, quantizers in quantizer_sets(steps.model)}
     with steps.prepared():
-        names = {quantizers.fqn: name for name, quantizers in quantizer_sets(steps.model)}
         use_float_operands(steps.model, lambda fqn, operand: False)
+        names = _names_in(steps.model)
+        floats = _Calls(names, repeats=True)
         float_outcome = steps.run(floats)
         rows: dict[str, _Row] = {}
         for key, call in floats.found.items():
@@ -185,11 +186,11 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
     found = [
         ComparedProduct(
             name=name,
-            module=module_name(names[row.sets[0].fqn]),
+            module=module_name(names[row.sets[0]]),
             own=_errors(row.own),
             accumulated=_errors(row.accumulated),
             operands={each: _errors(differences) for each, differences in row.operands.items()},
-            bits={each: bits[names[of.fqn]][operand] for each, (of, operand) in _operands(row.sets).items()},
+            bits={each: bits[names[of]][operand] for each, (of, operand) in _operands(row.sets).items()},
         )
         for name, row in rows.items()
     ]
@@ -201,6 +202,10 @@ def compare(model: nn.Module, *example: Any, loss: Callable[[Any], Tensor] | Non
         relative_error(fixed_outcome.gradients.values(), float_outcome.gradients.values()),
         relative_error(fixed_outcome.outputs, float_outcome.outputs),
     )
+
+
+def _names_in(model: nn.Module) -> dict[ModuleQuantizers, str]:
+    return {quantizers: name for name, quantizers in quantizer_sets(model)}
 
 
 def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float | None:
@@ -320,18 +325,22 @@ class _Call:
 class _Calls:
     """Watches the products of a step, and keeps them by name and number of the call; ``repeats`` as in ``_Call``."""
 
-    def __init__(self, repeats: bool) -> None:
-        self._repeats = repeats
+    def __init__(self, names: Mapping[ModuleQuantizers, str], repeats: bool) -> None:
+        self._names, self._repeats = names, repeats
         self.found: dict[tuple[str, int], _Call] = {}
         self._counts: dict[str, int] = defaultdict(int)
 
     def __call__(self, apply: Callable[..., Any], function: Any, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return apply(function, *args)
+        names = {each: self._names.get(each) for each in quantizers_in(*args)}
+        if None in names.values():  # a product of another model, as of a teacher's in the loss
+            return apply(function, *args)
         call = _Call(apply, function, args, self._repeats)
         result = apply(function, *args)
         call.watch(result)
-        name = function_name(call.sets)
+        # As this model has it, whose parts may have been initialized by themselves; there its own product is "".
+        name = function_name([name if name and module_name(name) else each.fqn for each, name in names.items()])
         self.found[name, self._counts[name]] = call
         self._counts[name] += 1
         return result

@@ -66,11 +66,13 @@ class NonFiniteWatch:
 
     Attributes:
         found: the first NaN or infinity, None as long as there is none.
+        ended: whether it looks no longer; gradients of what was computed before may come later.
         step: optimizer steps taken so far; may be set.
     """
 
     def __init__(self, model: nn.Module, raises: bool, first_step: int) -> None:
         self.found: NonFinite | None = None
+        self.ended = False
         self.step = first_step
         self._raises = raises
         self._names = weakref.WeakKeyDictionary({module: fqn for fqn, module in model.named_modules()})
@@ -121,7 +123,7 @@ class NonFiniteWatch:
         sets = [*quantizers_in(*args)]
         if self._is_over() or not sets:
             return apply(function, *args)
-        name = function_name(sets)
+        name = function_name([each.fqn for each in sets])
         for argument, each in tensor_arguments(function, args).items():
             if argument != "mask":
                 self._look(each, name, _OPERANDS.get(argument, argument))
@@ -165,7 +167,7 @@ class NonFiniteWatch:
         Raises:
             FloatingPointError: if it is to be raised.
         """
-        if self.found is not None:
+        if self.found is not None or self.ended:
             return
         value = _not_finite(x, allowed)
         if value is None:
@@ -179,9 +181,16 @@ class NonFiniteWatch:
 
 def _not_finite(x: Tensor, allowed: tuple[float, ...]) -> float | None:
     """Returns NaN or the infinity that a tensor has; None where it has none, or none but what is allowed."""
-    if not x.is_floating_point() or x.layout is not torch.strided or x.is_nested or x.is_meta or x.numel() == 0:
+    if x.layout is not torch.strided or x.is_nested or x.is_meta or x.numel() == 0:
         return None
-    low, high = (float(each) for each in torch.aminmax(x.detach()))
+    x = x.detach()
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    if not x.is_floating_point():
+        return None
+    if x.itemsize == 1:  # 8-bit floats, which torch does not compare
+        x = x.to(torch.float32)
+    low, high = (float(each) for each in torch.aminmax(x))
     return next((each for each in (low, high) if not math.isfinite(each) and each not in allowed), None)
 
 
@@ -196,9 +205,10 @@ def detect_nonfinite(model: nn.Module, *, raises: bool = True, first_step: int =
 
     It looks at the inputs, parameters, buffers and outputs of every module as it is called, at the operands of products
     in fixed point that functions compute, at the gradients of outputs and parameters. What is found first is nearest to
-    the cause: its module had finite operands. -infinity is no fault in inputs, in buffers and in outputs that need no
-    gradient, for masks have it. The model may be converted or not; a compiled one runs eagerly. It takes a pass over
-    every tensor: a tool to find a fault with, not to train with.
+    the cause: its module had finite operands. Inputs by name, and what is in objects that are no dataclasses, are seen
+    where they come next. -infinity is no fault in inputs, in buffers and in outputs that need no gradient, for masks
+    have it. The model may be converted or not; a compiled one runs eagerly. It takes a pass over every tensor: a tool
+    to find a fault with, not to train with.
 
     Infinite gradients are part of dynamic loss scaling, which skips such steps: there, look with a fixed loss scale.
 
@@ -232,4 +242,5 @@ def detect_nonfinite(model: nn.Module, *, raises: bool = True, first_step: int =
             stack.callback(handle.remove)
         token = product_watcher.set(watch.product)
         stack.callback(product_watcher.reset, token)
+        stack.callback(setattr, watch, "ended", True)
         yield watch

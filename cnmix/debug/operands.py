@@ -119,13 +119,13 @@ def quantizers_in(*args: Any) -> Iterator[ModuleQuantizers]:
             yield from quantizers_in(*value)
 
 
-def function_name(sets: Sequence[ModuleQuantizers]) -> str:
-    """Returns what messages call a function that multiplies, by its quantizers: an attention and a layer have several.
+def function_name(names: Sequence[str]) -> str:
+    """Returns what messages call a function that multiplies, by its products: an attention and a layer have several.
 
     Names as of products, ``att..forward+2:attention``, ``lstm..l0``; a recurrent cell has that of the module.
     """
-    name = sets[0].fqn
-    if len(sets) == 1:
+    name = names[0]
+    if len(names) == 1:
         return name
     whole, _, part = name.rpartition(".")
     return f"{whole}.attention" if whole.endswith(".") and part == "scores" else whole.rstrip(".")

@@ -89,10 +89,17 @@ class Sensitivity:
             The rules, what the step's error was and is, and what they cost. The model is not changed.
 
         Raises:
-            ValueError: for an ``error`` that is no positive number.
+            ValueError: for an ``error`` that is no positive number, and without one where the step has none to halve.
+                If the model was trained since.
         """
-        if error is not None and not 0 < error < math.inf:
+        if error is not None and not (isinstance(error, (int, float)) and 0 < error < math.inf):
             raise ValueError(f"error must be a positive number, such as 0.01 for 1 %, got {error!r}")
+        if error is None and self.error == math.inf:
+            raise ValueError(
+                "the error of the step is infinite or NaN, and has no half: give error=0.01, say, or find what is not "
+                "finite with cnmix.debug.detect_nonfinite"
+            )
+        self._measure.check_model()
         wanted = self.error / 2 if error is None else error
         left = [each for each in self.effects if each.error > 0 and each.bits < BITS[-1]]
         chosen: dict[tuple[str, str], Width] = {}
@@ -144,7 +151,8 @@ def sensitivity(
 
     Raises:
         TypeError: if ``modules`` is no list of names.
-        ValueError: if a name is not in the model, nothing in it computes in fixed point, or it is frozen for inference.
+        ValueError: if a name is not in the model or has no products in fixed point, nothing in the model computes in
+            fixed point, or it is frozen for inference.
     """
     if isinstance(modules, str):
         raise TypeError(f"modules must be a list of names, got {modules!r}: write [{modules!r}]")
@@ -155,6 +163,10 @@ def sensitivity(
             raise ValueError(no_module_called(pattern, names))
     measure = _Measure(steps)
     everything, bits = measure.rounding(lambda fqn, operand: True)
+    for pattern in modules:
+        if not any(matches(fqn, pattern) for fqn in bits):
+            some = ", ".join(repr(fqn) for fqn in [*bits][:5])
+            raise ValueError(f"nothing in {pattern!r} computes in fixed point, as it does in {some}")
     looked_at = [fqn for fqn in bits if not modules or any(matches(fqn, pattern) for pattern in modules)]
     effects = []
     for fqn, operand in itertools.product(looked_at, OPERANDS):
@@ -169,7 +181,16 @@ class _Measure:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
+        self._versions = self._present_versions()
         self._float, _ = self.rounding(lambda fqn, operand: False)
+
+    def _present_versions(self) -> list[int]:
+        return [each._version for each in self._steps.model.parameters()]
+
+    def check_model(self) -> None:
+        """Raises ValueError if the parameters are others than they were."""
+        if self._present_versions() != self._versions:
+            raise ValueError("the model was trained since: call cnmix.debug.sensitivity again")
 
     def rounding(
         self, rounds: Callable[[str, str], bool], wider: Mapping[tuple[str, str], Width] | None = None

@@ -42,7 +42,9 @@ class Steps:
         loss: see ``cnmix.debug.compare``.
 
     Raises:
-        ValueError: if nothing in it computes in fixed point, or it is frozen for inference.
+        TypeError: if ``loss`` is no function, or what it returns no tensor.
+        ValueError: if nothing in it computes in fixed point, or it is frozen for inference; if what it returns has no
+            floating tensor and there is no ``loss``, or that returns several numbers.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Steps:
     ) -> None:
         self._whole, self.model = model, unwrap(model)
         self._example, self._named, self._loss = example, named, loss
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
         if any(quantizers.frozen for _, quantizers in quantizer_sets(self.model)):
             raise ValueError(
                 f"{type(self.model).__name__} is frozen for integer inference: its formats are no longer to be chosen; "
@@ -71,7 +75,7 @@ class Steps:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Gives the model copies of its quantizers, of all products that it calls, for what is within."""
-        with trial(self._whole):
+        with trial(self._whole, self._loss):
             for module, place in self._places:
                 products = function_products(module)
                 if products is not None and place not in dict(quantizers_of(module)):
@@ -90,12 +94,27 @@ class Steps:
         args, named = copied((self._example, self._named))
         with torch.random.fork_rng(devices=[]):  # each run draws the same numbers
             output = self.model(*args, **named)
-            loss = total_of(output) if self._loss is None else self._loss(output)
+            floats = [each for each in tensors_in(output) if each.is_floating_point()]
+            loss = self._loss_of(output, floats)
             if loss is not None and loss.requires_grad:
                 loss.backward()
-        floats = [each for each in tensors_in(output) if each.is_floating_point()]
         return Outcome(
             None if loss is None else float(loss.detach()),
             [each.detach().cpu().to(torch.float32, copy=True) for each in floats],
             {n: p.grad.detach().cpu().clone() for n, p in self.model.named_parameters() if p.grad is not None},
         )
+
+    def _loss_of(self, output: Any, floats: list[Tensor]) -> Tensor | None:
+        if self._loss is not None:
+            loss = self._loss(output)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"loss must return a tensor to go backwards from, got {type(loss).__name__}")
+            if loss.numel() != 1:
+                raise ValueError(f"loss must return one number, got one of shape {tuple(loss.shape)}: take its mean")
+            return loss
+        if not floats:
+            raise ValueError(
+                f"{type(self.model).__name__} returned {type(output).__name__}, which has no floating tensor: "
+                "give loss=..., a function of it that returns a tensor"
+            )
+        return total_of(output)

@@ -163,6 +163,31 @@ def shares(x: Tensor, quantized: FixedPoint | FixedPointBatch) -> Shares:
     return Shares(saturated_share(quantized), lost / max(x.numel(), 1))
 
 
+def losses(x: Tensor, rounded: Tensor, distance: int, inverse: float) -> tuple[float, int, list[int]]:
+    """Returns what is lost of every value at this distance, and how large those are.
+
+    Args:
+        x: float32, flat, contiguous, finite.
+        rounded: its integers, or floats that these stand for, likewise.
+        distance: from one value to the next.
+        inverse: 1 / step of the integers.
+
+    Returns:
+        The sum of the squares of the differences, in steps; how many values are not zero and became zero; how many
+        have each exponent as float32 stores it, of which 0 is that of zeros and subnormals.
+    """
+    library = native.library()
+    if library is not None and not rounded.is_floating_point():
+        return native.losses(library, x, rounded, distance, inverse)
+    x, rounded = x[::distance].contiguous(), rounded[::distance]
+    errors = x.double().mul_(inverse)
+    errors.sub_(rounded, alpha=inverse if rounded.is_floating_point() else 1)
+    # Zero is zero in every format and rounding, so that the zeros that are too many underflowed.
+    underflown = int(x.count_nonzero()) - int(rounded.count_nonzero())
+    exponents = (x.view(torch.int32) >> 23).bitwise_and_(255)
+    return torch.dot(errors, errors).item(), underflown, torch.bincount(exponents, minlength=256).tolist()
+
+
 @timed("quantize")
 def checksum(x: Tensor) -> int:
     """Returns a number that any single change of a float32 tensor, and any change of order, alters.

@@ -88,6 +88,8 @@ class ModuleQuantizers:
         self.handle = register(self)
         self.ranks = ranks or Ranks()
         self.ranks.add(self)
+        for _, quantizer in self:
+            quantizer.closing = self.ranks.closing
 
     def __iter__(self) -> Iterator[tuple[str, OperandQuantizer]]:
         """Yields (operand name, quantizer)."""

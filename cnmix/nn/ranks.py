@@ -22,10 +22,10 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..closing import Closing
 from ..fixed_point import BITS
 from ..kernels.profiling import timed
 from ..operand import Observation, Rounds
-from .closing import Closing
 from .places import FUNCTIONS, quantizers_of
 from .recomputation import current_backward, in_reentrant_backward
 
@@ -57,8 +57,8 @@ class Ranks:
         closing: when the adaptive strategy closes.
     """
 
-    def __init__(self, close_after: int = 0) -> None:
-        self.closing = Closing(close_after)
+    def __init__(self, closing: Closing | None = None) -> None:
+        self.closing = closing or Closing()
         self.group: dist.ProcessGroup | None = None
         self._chosen: dist.ProcessGroup | None = None
         self._wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -79,7 +79,6 @@ class Ranks:
 
     def add(self, member: ModuleQuantizers) -> None:
         """Takes in the quantizers of a module, or of a function that it called for the first time."""
-        self._close([member] if self.closing.closed else [])
         if member.of_function:  # perhaps in this process alone
             self._newcomers = [each for each in self._newcomers if each() is not None] + [weakref.ref(member)]
             return
@@ -91,6 +90,11 @@ class Ranks:
         self._chosen = group or self._chosen
         self._searched = False
 
+    def close_after(self, count: int) -> None:
+        """Has the adaptive strategy close after so many more iterations, 0 for never, where that is new."""
+        if self.closing.begin(count):
+            self.states_were_loaded()  # where it had closed, no decision was to come
+
     def stay_alone(self) -> None:
         """Has this process decide alone, whatever else trains: in a step of trial that it takes for itself."""
         self._stays_alone = True
@@ -101,8 +105,8 @@ class Ranks:
 
     def forward_begins(self) -> None:
         """Is called before a module quantizes for a training step."""
-        if self.closing.forward_begins():
-            self._close(found for each in (*self._members, *self._newcomers) if (found := each()) is not None)
+        if self.closing.backward_began and current_backward() == -1:  # not in one that checkpointing repeats
+            self.closing.end_iteration()
         if self._stays_alone:
             return
         if not dist.is_available() or not dist.is_initialized():
@@ -118,7 +122,7 @@ class Ranks:
 
     def backward_begins(self) -> None:
         """Is called in a backward pass, before a module quantizes its ``grad_output``, and with the first gradient."""
-        self.closing.backward_begins()
+        self.closing.backward_began = True
         task = current_backward()
         if self.group is None or not self._averages or task in (-1, self._queued_in):
             return
@@ -127,11 +131,6 @@ class Ranks:
             return
         self._queued_in = task
         torch.autograd.Variable._execution_engine.queue_callback(self._end_round)
-
-    def _close(self, members: Iterable[ModuleQuantizers]) -> None:
-        for member in members:
-            for _, quantizer in member:
-                quantizer.closed = True
 
     def _find_group(self) -> dist.ProcessGroup | None:
         wrapper = DistributedDataParallel._active_ddp_module
@@ -298,8 +297,8 @@ class Ranks:
 
             gather_integers(all_parameter_groups())
 
-    def __reduce__(self) -> tuple[type[Ranks], tuple[int]]:  # a copy finds its own
-        return Ranks, (self.closing.count,)
+    def __reduce__(self) -> tuple[type[Ranks], tuple[Closing]]:  # a copy finds its own
+        return Ranks, (self.closing,)
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:

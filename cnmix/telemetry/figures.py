@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import pairwise
@@ -11,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .records import PARTS, Training
-from .views import MacShares, mac_shares, mean_parts, thinned
+from .views import MacShares, cost_order, is_logarithmic, mac_shares, mean_parts, thinned
 
 try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 except ModuleNotFoundError as error:
@@ -28,6 +33,7 @@ INK, QUIET, ALARM = "#1f2a36", "#66717d", "#b3470b"
 WIDTH = 10.4
 _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _STYLES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+_BASELINE = ", float32"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: Any = {
     "axes.axisbelow": True,
@@ -77,23 +83,32 @@ def styled(draw: F) -> F:
 def to_data_uri(figure: Figure) -> str:
     """Returns a figure as an SVG that a page can have in itself."""
     buffer = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", dpi=192, metadata={"Date": None, "Creator": None})
+    _save(figure, buffer, format="svg", dpi=192, metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def save_png(figure: Figure, file: Path) -> None:
-    """Writes a figure as a PNG, 150 dots per inch."""
-    with rc_context(_STYLE):
-        figure.savefig(file, format="png", dpi=150)
+def save_png(figure: Figure, file: Path, title: str) -> None:
+    """Writes a figure as a PNG, 150 dots per inch, with a title, since there is no page around it."""
+    for legend in figure.legends:
+        legend.set_title(title, prop=FontProperties(weight="bold", size=10))
+        legend.set_alignment("left")
+    _save(figure, file, format="png", dpi=150)
+
+
+def _save(figure: Figure, target: Any, **options: Any) -> None:
+    with rc_context(_STYLE), warnings.catch_warnings():
+        # Names of modules may have any letters; a browser finds those of an SVG in other fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(target, **options)
 
 
 @styled
-def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
+def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], held: bool = False) -> Figure:
     """Draws metrics over the steps.
 
     Args:
-        named: by metric the curves of the trainings, by their labels; of a float baseline the label ends in "float32".
+        named: by metric the curves of the trainings, by their labels; that of a float baseline ends in ", float32".
+        held: whether values hold up to the next one, with the steps on the axis that maps have.
     """
     columns = min(len(named), 3)
     rows = -(-len(named) // columns)
@@ -106,19 +121,28 @@ def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
         for label, points in curves.items():
             few = len(points) <= 60
             x, y = zip(*thinned(points), strict=True)
+            marked = len(points) == 1 if label.endswith(_BASELINE) else few and not held
+            marker = _MARKERS[labels.index(label) % 7] if marked else ""
             line = axes.plot(
-                x, y, marker=_MARKERS[labels.index(label) % 7] if few else "", **_curve_look(labels, label)
+                x, y, marker=marker, drawstyle="steps-post" if held else "default", **_curve_look(labels, label)
             )
             handles.setdefault(label, line[0])
         axes.set_title(metric)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        every = [value for points in curves.values() for _, value in points]
-        if "loss" in metric and 0 < 10 * min(every) < max(every):
+        every = [value for points in curves.values() for _, value in points if math.isfinite(value)]
+        if not every:
+            axes.text(0.5, 0.5, "NaN or infinity throughout", transform=axes.transAxes, ha="center", color=QUIET)
+        if "loss" in metric and every and 0 < 10 * min(every) < max(every):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("optimizer step")
+        steps = {step for points in curves.values() for step, _ in points}
+        if held:
+            step_axis(axes, 0, max(steps, default=0) + 1, is_logarithmic(0, max(steps, default=0)))
+        elif len(steps) == 1:
+            axes.set_xlim(0, 1.1 * max(*steps, 1))
     for axes in list(grid.flat)[len(named) :]:
         axes.set_visible(False)
     figure.legend(
@@ -128,13 +152,14 @@ def curves_figure(named: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 
 
 def _curve_look(labels: list[str], label: str) -> dict[str, Any]:
-    if label.endswith("float32"):
+    baseline = label.endswith(_BASELINE)
+    alike = [each for each in labels if each.endswith(_BASELINE) == baseline]
+    number = alike.index(label)
+    look = {"linestyle": _STYLES[(number + number // 5) % 5]}  # tells them apart without colour
+    if baseline:
         # Wide and pale behind the others, so that a curve that equals it can be seen on it.
-        return {"color": "#cdd3d9", "linewidth": 5, "markersize": 0, "zorder": 1, "solid_capstyle": "round"}
-    others = [each for each in labels if not each.endswith("float32")]
-    number = others.index(label)
-    colors = (SHADES[4], ALARM, SHADES[3], QUIET, SHADES[2])
-    return {"color": colors[number % 5], "linestyle": _STYLES[number // 5 % 5], "markersize": 3}
+        return look | {"color": "#cdd3d9", "linewidth": 5, "markersize": 7, "zorder": 1}
+    return look | {"color": (SHADES[4], ALARM, SHADES[3], QUIET, SHADES[2])[number % 5], "markersize": 3}
 
 
 @styled
@@ -160,10 +185,12 @@ def macs_figure(found: MacShares, last: int) -> Figure:
                 annotation_clip=False,
             )
         bottom = top
-    _percent(axes)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xlim(found.steps[0], max(last + 1, found.steps[-1] + 1))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("optimizer step")
-    _legend(figure, [Patch(label=pair, **looks[pair]) for pair in found.shares])
+    _legend(figure, looks)
     return figure
 
 
@@ -175,7 +202,8 @@ def times_figure(training: Training) -> Figure:
     times = [each for each in training.times if each.parts]
     steps = [each.step for each in times]
     gaps = [b - a for a, b in pairwise(steps)]
-    width = 0.62 * min(gaps) if gaps else 1.0
+    first, last = training.steps
+    width = min([max(0.02 * (last - first), 0.62), *(0.62 * gap for gap in gaps)])
     bottom = [0.0] * len(times)
     looks = part_looks()
     for part in PARTS:
@@ -186,12 +214,12 @@ def times_figure(training: Training) -> Figure:
         level = 1000 * each.seconds_per_step
         axes.plot([each.first, each.last], [level, level], color=ALARM, linewidth=1.6, solid_capstyle="butt")
     _cut_outliers(axes, steps, bottom)
+    axes.set_xlim(first - width, last + width)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel("ms per step")
     axes.set_xlabel("optimizer step")
-    handles: list[Any] = [Patch(label=part, **looks[part]) for part in PARTS]
-    if training.stretches:
-        handles.append(axes.plot([], [], color=ALARM, linewidth=1.6, label="mean of the steps in between")[0])
-    _legend(figure, handles)
+    between = [Line2D([], [], color=ALARM, linewidth=1.6, label="mean of the steps in between")]
+    _legend(figure, looks, between if training.stretches else [])
     return figure
 
 
@@ -210,9 +238,7 @@ def _cut_outliers(axes: Axes, steps: Sequence[int], totals: Sequence[float]) -> 
 def compared_macs_figure(trainings: Sequence[Training]) -> Figure:
     """Draws for each training the share of the multiply-accumulates by pair of widths, over all sampled steps."""
     counts = {each.label: mac_shares(each).counts for each in trainings}
-    pairs = sorted(
-        {pair for found in counts.values() for pair in found}, key=lambda p: [int(n) for n in p.split("×")][::-1]
-    )
+    pairs = sorted({pair for found in counts.values() for pair in found}, key=cost_order)
     shares = {
         label: {pair: found.get(pair, 0) / (sum(found.values()) or 1) for pair in pairs}
         for label, found in counts.items()
@@ -264,7 +290,7 @@ def _bars(
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    _legend(figure, [Patch(label=name, **look) for name, look in looks.items()])
+    _legend(figure, looks)
     return figure, axes
 
 
@@ -307,10 +333,6 @@ def power(base: int, exponent: float) -> str:
     return f"{base}{f'{exponent:.0f}'.translate(_RAISED)}"
 
 
-def _percent(axes: Axes) -> None:
-    axes.set_ylim(0, 1)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-
-
-def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    figure.legend(handles=list(handles), loc="outside upper left", ncols=6, handlelength=1.6, columnspacing=1.4)
+def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]], more: Sequence[Line2D] = ()) -> None:
+    handles = [Patch(label=re.sub(r"(\d+)×(\d+)", r"int\1 × int\2", name), **look) for name, look in looks.items()]
+    figure.legend(handles=[*handles, *more], loc="outside upper left", ncols=6, handlelength=1.6, columnspacing=1.4)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 from ..fixed_point import BITS
-from .numbers import write_difference, write_number, write_share
+from .numbers import write_end, write_share
 from .records import Operand, Training
 from .views import final_values, mac_shares, mean_parts
 
@@ -26,15 +27,20 @@ def headline(training: Training) -> list[tuple[str, str]]:
         facts.append(("time per step", f"{1000 * training.seconds_per_step:.3g} ms"))
     parts = mean_parts(training)
     if parts:
-        facts.append(("of it adapting", write_share(parts["adapt"] / (sum(parts.values()) or 1))))
-    first, last = training.steps
-    facts.append(("optimizer steps", f"{last - first + 1:,}"))
+        facts.append(("of a sampled step adapting", write_share(parts["adapt"] / (sum(parts.values()) or 1))))
+    if facts or training.curves:
+        first, last = training.steps
+        facts.append(("optimizer steps", f"{last - first + 1:,}"))
     return facts
 
 
 def findings(training: Training, baseline: Training | None) -> list[str]:
     """Returns what was found, in sentences: how it ended, what went wrong, what was decided, what it cost."""
     said = [*_metrics(training, baseline), *_warnings(training), *_widths(training), *_time(training, baseline)]
+    if training.steps[0]:
+        said.append(
+            f"It begins at step {training.steps[0]:,}: the steps before it are in the run that it was resumed from."
+        )
     if training.resumed:
         said.append(f"It was resumed at step {_listed(f'{step:,}' for step in training.resumed)}.")
     if training.unreadable:
@@ -45,6 +51,12 @@ def findings(training: Training, baseline: Training | None) -> list[str]:
 
 def _warnings(training: Training) -> list[str]:
     said = []
+    for name, points in training.curves.items():
+        lost = [step for step, value in points if not math.isfinite(value)]
+        if lost:
+            said.append(
+                f"{name} is NaN or infinite in {len(lost):,} of {len(points):,} values, first at step {lost[0]:,}."
+            )
     broken = sorted((operand for operand in training.operands if operand.nonfinite), key=lambda each: each.nonfinite[0])
     if broken:
         first = _listed(_named(broken, lambda each: f"{each.name} (step {each.nonfinite[0]:,})"))
@@ -80,27 +92,31 @@ def _widths(training: Training) -> list[str]:
         said.append(f"Widened: {_of(widened, training)} ({which}), the first {_listed(_named(widened, tell))}.")
     else:
         widths = sorted({each.last_bits for each in operands})
-        said.append(f"No operand was widened: {_listed(f'int{bits}' for bits in widths)} throughout.")
+        when = "at the end" if any(each.changes for each in operands) else "throughout"
+        said.append(f"No operand was widened: {_listed(f'int{bits}' for bits in widths)} {when}.")
+    idle = [each for each in operands if not each.decisions]
+    if idle:
+        said.append(f"Never measured: {_of(idle, training)}: {_listed(_named(idle, lambda each: each.name))}.")
     updates = sum(len(each.decisions) for each in operands)
     steps = training.steps[1] - training.steps[0] + 1
     said.append(
-        f"{updates:,} updates in {steps:,} steps: on average an operand measured on "
-        f"{write_share(updates / (len(operands) * steps))} of them."
+        f"{updates:,} update{'s' * (updates != 1)} in {steps:,} step{'s' * (steps != 1)}: on average an operand "
+        f"measured on {write_share(updates / (len(operands) * steps))} of them."
     )
     return said
 
 
 def _metrics(training: Training, baseline: Training | None) -> list[str]:
     last = final_values(training.curves)
-    if baseline is None:
-        return ["There is no float32 baseline beside it (cnmix train --compare trains one)."] if last else []
-    float32 = final_values(baseline.curves)
-    told = [
-        f"{name} {write_number(value)} ({write_difference(value - float32[name])})"
-        for name, value in last.items()
-        if name in float32
-    ]
-    return [f"At the end {_listed(told)}; in brackets the difference from float32."] if told else []
+    if not last:
+        return []
+    float32 = {} if baseline is None else final_values(baseline.curves)
+    ended = "At the end " + _listed(f"{name} {write_end(value, float32.get(name))}" for name, value in last.items())
+    if baseline is not None:
+        return [f"{ended}; in brackets the difference from float32."]
+    if training.level == "O0":
+        return [f"{ended}."]
+    return [f"{ended}; there is no float32 baseline beside it (cnmix train --compare trains one)."]
 
 
 def _time(training: Training, baseline: Training | None) -> list[str]:

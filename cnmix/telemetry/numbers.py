@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .records import PARTS, Operand, Training
 from .views import cost_order, episodes, final_values, mac_shares, mean_parts, representable, thinned
 
-_MOST_ROWS, _MOST_EPISODES = 1000, 40
+_MOST_ROWS, _MOST_EPISODES, _MOST_WIDTHS = 1000, 40, 4
 
 
 @dataclass(frozen=True)
@@ -21,26 +22,33 @@ class Table:
         rows: the cells.
         note: what is said below it.
         texts: the columns, from the left, that hold names and not numbers.
+        title: what a table without a figure is called.
     """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     texts: int = 1
+    title: str = ""
 
 
 def write_number(value: float | None) -> str:
     """Returns a number in four digits, "–" for none."""
     if value is None:
         return "–"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinity"
     if value == int(value) and abs(value) < 1e7:
         return f"{int(value):,}"
     return f"{value:.3e}" if abs(value) < 1e-3 else f"{value:.4g}"
 
 
-def write_difference(value: float) -> str:
-    """Returns a difference with its sign."""
-    return f"{value:+.2g}".replace("-", "−").replace("e−", "e-")
+def write_end(value: float | None, float32: float | None) -> str:
+    """Returns how a metric ended, and in brackets its difference from float32 where both are known."""
+    if value is None or float32 is None or not math.isfinite(value - float32):
+        return write_number(value)
+    difference = f"{value - float32:+.2g}".replace("-", "−").replace("e−", "e-")
+    return f"{write_number(value)} ({difference})"
 
 
 def write_share(value: float | None) -> str:
@@ -48,13 +56,18 @@ def write_share(value: float | None) -> str:
     if value is None:
         return "–"
     percent = 100 * value
-    return f"{percent:.0f} %" if percent in (0, 100) else f"{percent:.3g} %" if percent >= 1e-3 else f"{percent:.1e} %"
+    if percent in (0, 100) or percent >= 1000:
+        return f"{percent:,.0f} %"
+    return f"{percent:.3g} %" if percent >= 1e-3 else f"{percent:.1e} %"
 
 
-def write_widths(operand: Operand) -> str:
-    """Returns the widths that an operand had, and at which step each began."""
-    first = operand.decisions[0].bits[0] if operand.decisions else operand.bits
-    return " → ".join([f"int{first}", *(f"int{each.bits[1]} at {each.step:,}" for each in operand.changes)])
+def write_widths(operand: Operand, with_steps: bool = True) -> str:
+    """Returns the widths that an operand had, and at which step each began; of many the first ones and the last."""
+    first, changes = operand.decisions[0].bits[0] if operand.decisions else operand.bits, operand.changes
+    widths = [f"int{each.bits[1]}" + f" at {each.step:,}" * with_steps for each in changes]
+    if len(widths) > _MOST_WIDTHS:
+        widths[_MOST_WIDTHS - 1 : -1] = [f"{len(widths) - _MOST_WIDTHS:,} more"]
+    return " → ".join([f"int{first}", *widths])
 
 
 def curves_table(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Table:
@@ -238,11 +251,7 @@ def compared_table(trainings: Sequence[Training], baselines: Mapping[str, Traini
             float32 = final_values(baselines[training.label].curves)
         widths = Counter(operand.last_bits for operand in training.operands)
         cells = [training.label]
-        for metric in metrics:
-            difference = ""
-            if metric in last and metric in float32:
-                difference = f" ({write_difference(last[metric] - float32[metric])})"
-            cells.append(write_number(last.get(metric)) + difference)
+        cells += [write_end(last.get(metric), float32.get(metric)) for metric in metrics]
         cells.append(", ".join(f"{count} int{bits}" for bits, count in sorted(widths.items())) or "–")
         cells.append(f"{sum(len(operand.decisions) for operand in training.operands):,}")
         counts = mac_shares(training).counts
@@ -251,21 +260,22 @@ def compared_table(trainings: Sequence[Training], baselines: Mapping[str, Traini
         cells.append("–" if seconds is None else f"{1000 * seconds:.3g}")
         cells.append(write_share(parts["adapt"] / (sum(parts.values()) or 1)) if parts else "–")
         rows.append(cells)
-    headings = ["training", *metrics, "operands at the end", "updates", "int8 MACs", "ms per step", "adapting"]
+    headings = ["training", *metrics, "operands", "updates", "int8 MACs", "ms per step", "adapting"]
     note = "In brackets: the difference from the float32 baseline with the same seed." if baselines else ""
-    return Table(headings, rows, note)
+    return Table(headings, rows, note, title="How they ended, and what they cost")
 
 
 def differences_table(trainings: Sequence[Training]) -> Table:
-    """Returns the operands whose width at the end is not the same in all trainings."""
+    """Returns the operands whose width at the end is not the same in all trainings that have them."""
     widths = [{operand.name: operand for operand in training.operands} for training in trainings]
     names = dict.fromkeys(name for found in widths for name in found)
     rows = []
     for name in names:
         cells = [f"int{found[name].last_bits}" if name in found else "–" for found in widths]
-        if len(set(cells)) > 1:
+        if len({*cells} - {"–"}) > 1:
             rows.append([name, *cells])
-    return _bounded(Table(["operand", *(training.label for training in trainings)], rows, texts=1))
+    title = "Operands that end with different widths"
+    return _bounded(Table(["operand", *(training.label for training in trainings)], rows, title=title))
 
 
 def macs_by_training_table(trainings: Sequence[Training]) -> Table:
@@ -294,7 +304,7 @@ def _bounded(table: Table) -> Table:
     if more <= 0:
         return table
     note = f"{more:,} further rows are left out; telemetry.jsonl has them."
-    return Table(table.headings, table.rows[:_MOST_ROWS], note, table.texts)
+    return replace(table, rows=table.rows[:_MOST_ROWS], note=note)
 
 
 def _counted(found: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from numpy import array, nan, ndarray
 
 from ..config import OPERANDS
 from .figures import ALARM, INK, QUIET, SHADES, WIDTH, power, step_axis, styled
+from .numbers import write_widths
 from .records import Operand
 from .views import OperandMap, is_logarithmic, reasons, representable
 
@@ -58,7 +59,7 @@ def map_figure(shown: OperandMap, nonfinite: Sequence[tuple[str, str, int]] = ()
                 axes.plot(step + 0.5, shown.modules.index(module) + 0.5, "X", color=ALARM, markersize=7, mec="white")
         axes.set_title(operand)
         step_axis(axes, shown.edges[0], shown.edges[-1], shown.logarithmic)
-        _write_into(axes, shown, classes)
+        _write_into(axes, shown, classes, len(present))
         axes.set_ylim(rows, 0)
         axes.grid(visible=False)
         axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8 if rows <= 30 else 6.5 if rows <= 60 else 5.5)
@@ -80,9 +81,11 @@ def _class_rows(shown: OperandMap, operand: str) -> list[list[float]]:
     return [[nan if value is None else shown.classes.of(value) for value in row] for row in rows]
 
 
-def _write_into(axes: Axes, shown: OperandMap, classes: list[list[float]]) -> None:
+def _write_into(axes: Axes, shown: OperandMap, classes: list[list[float]], panels: int) -> None:
     """Writes what a cell is into it where it has the room, and hatches what must not be missed."""
     to_axes = axes.transData + axes.transAxes.inverted()
+    longest = max((len(shorten(name)) for name in shown.modules), default=0)
+    panel = (WIDTH - 0.5 - 0.075 * longest) / panels  # inches, about
     darkest = len(shown.classes.labels) - (1 if len(shown.classes.labels) == 3 else 2)
     for row, cells in enumerate(classes):
         for start, end, number in _runs(cells):
@@ -93,7 +96,7 @@ def _write_into(axes: Axes, shown: OperandMap, classes: list[list[float]]) -> No
                 )
             text = shown.classes.letters[number]
             place, behind = (to_axes.transform((x, row))[0] for x in (left, right))
-            if len(classes) <= _WRITTEN_ROWS and behind - place >= 0.03 + 0.023 * len(text):
+            if len(classes) <= _WRITTEN_ROWS and (behind - place) * panel >= 0.08 + 0.063 * len(text):
                 color = "white" if number >= darkest else INK
                 where = axes.get_yaxis_transform()
                 axes.text(place + 0.014, row + 0.52, text, color=color, va="center", size=7, transform=where)
@@ -171,30 +174,28 @@ def _draw_errors(axes: Axes, operand: Operand) -> None:
     taken = [(each.step, max(each.error, floor)) for each in operand.decisions if each.error is not None]
     if taken:
         axes.plot(*zip(*taken, strict=True), color="#b9c1c9", linewidth=0.7, zorder=1)
-    for each in operand.decisions:
-        tried = [max(error, floor) for bits, error in each.errors.items() if bits != each.bits[1] and error is not None]
-        if tried:
-            axes.plot([each.step] * len(tried), tried, "o", color=QUIET, mfc="white", markersize=3.5, mew=0.8, zorder=2)
-            if each.error is not None:
-                low = max(each.error, floor)
-                axes.plot([each.step] * 2, [low, max(tried)], color=QUIET, linewidth=0.7, zorder=1)
+    tried = [
+        (each.step, max(error, floor), max(floor, error if each.error is None else each.error))
+        for each in operand.decisions
+        for bits, error in each.errors.items()
+        if bits != each.bits[1] and error is not None
+    ]
+    if tried:
+        x, y, settled = zip(*tried, strict=True)
+        many = len(tried) > _MANY_MARKS
+        axes.plot(x, y, "o", color=QUIET, mfc="white", markersize=3.5, mew=0.8, zorder=2, rasterized=many)
+        axes.vlines(x, settled, y, color=QUIET, linewidth=0.7, zorder=1, rasterized=many)
     axes.axhline(operand.threshold, color=ALARM, linestyle=(0, (4, 2)), linewidth=1.2)
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.6, max([*positive, operand.threshold]) * 3)
     axes.yaxis.set_major_locator(LogLocator(numticks=4))
     axes.yaxis.set_major_formatter(lambda value, _: power(10, math.log10(value)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_title(_title(operand))
-
-
-def _title(operand: Operand) -> str:
-    widths = [operand.decisions[0].bits[0] if operand.decisions else operand.bits]
-    widths += [each.bits[1] for each in operand.changes]
-    return f"{shorten(operand.name, 52)}: int{' → '.join(map(str, widths))}"
+    axes.set_title(f"{shorten(operand.name, 52)}: {write_widths(operand, with_steps=False)}")
 
 
 @styled
-def histograms_figure(operands: Sequence[Operand]) -> Figure:
+def histograms_figure(operands: Sequence[Operand], first: int, last: int) -> Figure:
     """Draws the exponents of the values over the steps against what the format holds, and beside it the last sample."""
     columns = min(len(operands), 3)
     rows = -(-len(operands) // columns)
@@ -204,7 +205,9 @@ def histograms_figure(operands: Sequence[Operand]) -> Figure:
         row, column = divmod(number, columns)
         axes = figure.add_subplot(grid[row, 2 * column])
         beside = figure.add_subplot(grid[row, 2 * column + 1], sharey=axes)
-        _draw_exponents(axes, beside, operand)
+        _draw_exponents(axes, beside, operand, last)
+        axes.set_xlim(first, last + 1)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if column == 0:
             axes.set_ylabel("|x|")
         if row == rows - 1:
@@ -220,7 +223,7 @@ def histograms_figure(operands: Sequence[Operand]) -> Figure:
     return figure
 
 
-def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
+def _draw_exponents(axes: Axes, beside: Axes, operand: Operand, last: int) -> None:
     samples = [each for each in operand.samples if each.histogram is not None and each.histogram.nonzero]
     axes.set_title(shorten(operand.name, 44))
     beside.set_xticks([])
@@ -231,8 +234,7 @@ def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
         return
     shares, low, high = exponent_shares(operand)
     steps = [each.step for each in samples]
-    gap = steps[-1] - steps[-2] if len(steps) > 1 else 1
-    edges = [*steps, steps[-1] + gap]
+    edges = [*steps, max(last, steps[-1]) + 1]
     axes.pcolormesh(
         edges,
         range(low, high + 2),
@@ -262,9 +264,8 @@ def _draw_exponents(axes: Axes, beside: Axes, operand: Operand) -> None:
     beside.axhline(bottom, color=ALARM, linewidth=1.3, linestyle=(0, (2, 1.5)))
     for each in (axes, beside):
         each.grid(visible=False)
-    axes.set_xlim(edges[0], edges[-1])
-    highest = max([high + 1, *(each[1] for each in limits if each[1] == each[1])])
-    axes.set_ylim(low - 1, highest + 1)
+    known = [limit for each in limits for limit in each if not math.isnan(limit)]
+    axes.set_ylim(min([low, *known]) - 1, max([high + 1, *known]) + 1)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(lambda exponent, _: power(2, exponent))
 

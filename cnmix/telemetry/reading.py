@@ -34,16 +34,18 @@ def find_trainings(path: Path) -> tuple[list[Training], dict[str, Training]]:
     siblings = path.resolve().parent if own or (path / METRICS_FILE).is_file() else path
     beside = [child for child in sorted(siblings.iterdir()) if child.is_dir()]
     folders = [path] if own else [child for child in beside if (child / FILE).is_file()]
-    found = [each for each in map(read_training, folders) if each.operands or len(folders) == 1]
-    if not found:
+    if not folders:
         raise FileNotFoundError(
-            f"{path} has no {FILE} of a training in fixed point: cnmix train writes one unless telemetry.every_n_steps "
-            "is 0, and cnmix.telemetry.record(model, folder) in a loop of your own"
+            f"{path} has no {FILE} of a training: cnmix train writes one unless telemetry.every_n_steps is 0, and "
+            "cnmix.telemetry.record(model, folder) in a loop of your own"
         )
+    every = [read_training(folder) for folder in folders]
+    found = [each for each in every if each.operands] or every
+    shown = {each.folder.resolve() for each in found}
     baselines = {}
     for child in beside:
         level, seed = level_and_seed(child)
-        if level == "O0" and child.resolve() != path.resolve() and (child / METRICS_FILE).is_file():
+        if level == "O0" and child.resolve() not in shown and (child / METRICS_FILE).is_file():
             baselines[seed] = read_training(child)
     return found, baselines
 
@@ -85,6 +87,8 @@ class _Reader:
                 except (KeyError, TypeError, AttributeError, ValueError) as error:
                     problem = error if isinstance(error, _NotOursError) else f"{type(error).__name__}: {error}"
                     raise ValueError(f"{self.file}, line {number}, is not what cnmix writes: {problem}") from None
+        if self.training.unreadable and not self.training.header:
+            raise ValueError(f"{self.file} is not what cnmix writes: no line says of which training it is")
 
     def _take(self, line: dict[str, Any]) -> None:
         kind = line["kind"]
@@ -109,8 +113,9 @@ class _Reader:
             self.training.stretches.append(Stretch(line["first"], line["last"], line["seconds"]))
         elif kind == "metrics":
             for name, value in line.items():
-                if name not in ("kind", "step") and isinstance(value, (int, float)):
-                    self.training.curves.setdefault(name, []).append((line["step"], float(value)))
+                if name not in ("kind", "step") and isinstance(value, (int, float, type(None))):
+                    value = math.nan if value is None else float(value)
+                    self.training.curves.setdefault(name, []).append((int(line["step"]), value))
 
     def _begin(self, line: dict[str, Any]) -> None:
         """Takes the line that a training starts with; of one that was resumed, what it overran is dropped."""
@@ -132,7 +137,7 @@ class _Reader:
     def _meet(self, line: dict[str, Any]) -> None:
         """Takes an operand; numbers are given anew where a training is resumed, names are not."""
         operand = Operand(
-            module=str(line["module"]),
+            module="".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in line["module"]),
             operand=str(line["operand"]),
             product=str(line["product"]),
             bits=int(line["bits"]),
@@ -193,8 +198,10 @@ def _read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
                 step, value = int(row["step"]), float(text)
             except (KeyError, TypeError, ValueError):
                 raise ValueError(f"{file} is no metrics.csv as Lightning's CSVLogger writes it: {row}") from None
-            if math.isfinite(value):
-                curves.setdefault(name, []).append((step, value))
+            points = curves.setdefault(name, [])
+            while points and points[-1][0] >= step:  # resumed from before it
+                points.pop()
+            points.append((step, value))
     return curves
 
 
@@ -205,9 +212,10 @@ def _rows(file: Path) -> Iterator[dict[str, str]]:
 
 
 def name_apart(trainings: Sequence[Training]) -> None:
-    """Gives each training the shortest end of its path that no other one has as a label."""
-    paths = [training.folder.resolve().parts for training in trainings]
-    for training, parts in zip(trainings, paths, strict=True):
+    """Gives each training as a label the shortest end of its path that no other one has."""
+    paths = {training.folder.resolve().parts for training in trainings}
+    for training in trainings:
+        parts = training.folder.resolve().parts
         for length in range(1, len(parts) + 1):
             if sum(other[-length:] == parts[-length:] for other in paths) == 1:
                 break

@@ -28,14 +28,14 @@ from ..registry import registry, unwrap
 from ..rules import RuleBook
 from ..version import __version__
 from .rules import TelemetryRule, is_due, parse_telemetry_rules
-from .statistics import StepSample, ValueSamples
+from .statistics import StepSample, measure_values
 
 logger = logging.getLogger("cnmix")
 
 FILE = "telemetry.jsonl"
 FORMAT_VERSION = 1
 
-# Statistics that are taken from values of an operand, behind the step.
+# Statistics that are taken from values of an operand.
 _OF_VALUES = ("underflow", "snr", "histogram")
 
 # Lines that are kept before they are written; each step that is sampled writes them anyway.
@@ -51,7 +51,6 @@ class _Watched:
         rules: that hold for it.
         quantizer: of the operand.
         sample: what was found in the step that is being sampled; None where nothing was looked at.
-        place: of its values among those of the step; None where it has none.
         statistics: that this step is asked for.
         met_nonfinite: whether NaN or infinity has been recorded.
     """
@@ -60,7 +59,6 @@ class _Watched:
     rules: tuple[TelemetryRule, ...]
     quantizer: OperandQuantizer
     sample: dict[str, Any] | None = None
-    place: int | None = None
     statistics: set[str] = field(default_factory=set)
     met_nonfinite: bool = False
 
@@ -136,34 +134,36 @@ class Recorder:
         self._active = not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
         self._names = {id(module): fqn for fqn, module in self._model.named_modules()}
         self._watched: dict[int, _Watched] = {}
-        self._lines: list[dict[str, Any]] = []
+        self._run: dict[str, Any] | None = None  # the first line, until it is written
+        self._lines: list[str] = []  # no objects, through which the garbage collector would go again and again
         self._step, self._latest = first_step - 1, first_step - 1
         self._started: float | None = None
         self._sample: StepSample | None = None
-        self._values = ValueSamples()
         self._between: dict[str, Any] | None = None  # first, last and seconds of the steps that were not sampled
         if not self._active:
             return
         sets = [(module, each) for module in self._model.modules() for _, each in quantizers_of(module)]
-        if any(quantizer.listener is not None for _, each in sets for _, quantizer in each):
+        recorded: list[object] = [quantizer.listener for _, each in sets for _, quantizer in each]
+        recorded += [products.on_make for _, _, products in callers(self._model)]
+        if any(each is not None for each in recorded):
             raise RuntimeError("another recorder records this model: close it first")
+        self.file.parent.mkdir(parents=True, exist_ok=True)  # before anything is changed that an error would leave so
         setup = registry.models.get(self._model)
-        self._write(
-            "run",
-            version=FORMAT_VERSION,
-            cnmix=__version__,
-            torch=str(torch.__version__),
-            threads=torch.get_num_threads(),
-            level=level if level is not None or setup is None else setup.level.name,
-            every_n_steps=every_n_steps,
-            steps_per_epoch=None,
-            first_step=first_step,
-        )
+        self._run = {
+            "kind": "run",
+            "version": FORMAT_VERSION,
+            "cnmix": __version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "level": level if level is not None or setup is None else setup.level.name,
+            "every_n_steps": every_n_steps,
+            "steps_per_epoch": None,
+            "first_step": first_step,
+        }
         for module, each in sets:
             self._watch(module, each)
         for _, _, products in callers(self._model):
             products.on_make = self._watch
-        self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Recorder:
         return self
@@ -177,6 +177,7 @@ class Recorder:
         """Begins an optimizer step; without a number, the one after the last."""
         if not self._active:
             return
+        self._stop_looking()  # at a step that was begun and not ended
         self._step = self._step + 1 if step is None else step
         due = {rule for rule in self._rules if rule.is_due(self._step, self._latest)}
         if due or is_due(self._every_n_steps, self._step, self._latest):
@@ -188,17 +189,19 @@ class Recorder:
         """Ends the step that was begun; ``metrics`` are recorded with it."""
         if not self._active or self._started is None:
             return
+        if "step" in metrics or "kind" in metrics:
+            raise ValueError("a metric cannot be called step or kind, which each line has already: rename it")
         seconds, self._started = time.perf_counter() - self._started, None
-        if self._sample is None:
+        sample = self._sample
+        if sample is None:
             between = self._between = self._between or {"first": self._step, "last": self._step, "seconds": 0.0}
             between.update(last=self._step, seconds=between["seconds"] + seconds)
         else:
-            self._write_sample(self._sample, seconds)
+            self._write_sample(sample, seconds)
         if metrics:
             values = {name: each.item() if isinstance(each, Tensor) else each for name, each in metrics.items()}
             self._write("metrics", step=self._step, **{name: _number(float(each)) for name, each in values.items()})
-        if self._sample is not None or len(self._lines) > _MOST_LINES:
-            self._sample = None
+        if sample is not None or len(self._lines) > _MOST_LINES:
             self.flush()
 
     def step(self, **metrics: float | Tensor) -> None:
@@ -208,12 +211,15 @@ class Recorder:
 
     def flush(self) -> None:
         """Appends what is there to the file, in whole lines."""
+        if self._run is not None:
+            for watched in self._watched.values():  # a Trainer's plugin learns it with the first batch
+                self._run["steps_per_epoch"] = watched.quantizer.config.steps_per_epoch
+                break
+            self._lines.insert(0, json.dumps(self._run))
+            self._run = None
         if not self._lines:
             return
-        if self._lines[0]["kind"] == "run" and self._watched:  # a Trainer's plugin learns it with the first batch
-            config = next(iter(self._watched.values())).quantizer.config
-            self._lines[0]["steps_per_epoch"] = config.steps_per_epoch
-        text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in self._lines)
+        text = "".join(f"{line}\n" for line in self._lines)
         with open(self.file, "ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
@@ -237,18 +243,14 @@ class Recorder:
 
     def decided(self, quantizer: OperandQuantizer, decision: Decision) -> None:
         """Records a decision."""
-        self._write(
-            "decision",
-            step=self._step,
-            id=self._watched[id(quantizer)].number,
-            at=decision.step,
-            reason=decision.reason,
-            errors={str(bits): error for bits, error in decision.errors.items()},
-            bits=decision.bits,
-            position=decision.position,
-            outcome=decision.outcome,
-            interval=decision.interval,
-            interval_reason=decision.interval_reason,
+        at, reason, errors, _, bits, (before, after), outcome, interval, interval_reason = decision
+        # Operands decide in their thousands, and json.dumps would take twice as long.
+        tried = ", ".join(f'"{width}": {"null" if error is None else error}' for width, error in errors.items())
+        self._lines.append(
+            f'{{"kind": "decision", "step": {self._step}, "id": {self._watched[id(quantizer)].number}, "at": {at}, '
+            f'"reason": "{reason}", "errors": {{{tried}}}, "bits": [{bits[0]}, {bits[1]}], '
+            f'"position": [{"null" if before is None else before}, {after}], "outcome": "{outcome}", '
+            f'"interval": {interval}, "interval_reason": "{interval_reason}"}}'
         )
 
     def met_nonfinite(self, quantizer: OperandQuantizer) -> None:
@@ -266,13 +268,16 @@ class Recorder:
         if self._sample is None or not watched.statistics:  # another asked for it
             return
         position = quantized.position if isinstance(quantized, FixedPoint) else quantizer.state.position
-        watched.sample, watched.place = {"bits": quantized.bits, "position": position}, None
+        found: dict[str, Any] = {"bits": quantized.bits, "position": position}
         if "saturation" in watched.statistics:
-            watched.sample["saturation"] = saturated_share(quantized) if quantized.finite else None
+            found["saturation"] = saturated_share(quantized) if quantized.finite else None
         if "scale" in watched.statistics:
-            watched.sample["scale"] = None if position is None else math.ldexp(1.0, position)
-        if watched.statistics.intersection(_OF_VALUES) and quantized.finite and x.numel() and position is not None:
-            watched.place = self._values.take(x, quantized, position)
+            found["scale"] = None if position is None else math.ldexp(1.0, position)
+        names = [name for name in _OF_VALUES if name in watched.statistics]
+        values: dict[str, Any] = {}
+        if names and quantized.finite and x.numel() and position is not None:
+            values = measure_values(x, quantized, position)
+        watched.sample = {**found, **{name: values.get(name) for name in names}}
 
     def _watch(self, module: nn.Module, quantizers: ModuleQuantizers) -> None:
         """Takes in the quantizers of a product, of a function that was called for the first time too."""
@@ -297,7 +302,7 @@ class Recorder:
 
     def _ask(self, due: set[TelemetryRule]) -> None:
         """Has this step sampled: its times, and what these rules name."""
-        self._sample, self._values = StepSample(), ValueSamples()
+        self._sample = StepSample()
         for watched in self._watched.values():
             watched.sample, watched.statistics = None, set()
             for rule in watched.rules:
@@ -311,22 +316,19 @@ class Recorder:
         if self._sample is None:
             return
         remove_listener(self._sample)
+        self._sample = None
         for watched in self._watched.values():  # some took no part in this step
-            if watched.statistics:
+            if watched.quantizer.look_next == "values":
                 watched.quantizer.look_next = False
 
     def _write_sample(self, sample: StepSample, seconds: float) -> None:
         self._stop_looking()
         self._write_between()
-        measured = self._values.measure()
         for watched in self._watched.values():
             if watched.sample is None:
                 continue
             state = watched.quantizer.state
             found = {"interval": state.interval, "error": state.error, **watched.sample}
-            for name in _OF_VALUES:
-                if name in watched.statistics:
-                    found[name] = None if watched.place is None else measured[watched.place][name]
             self._write("sample", step=self._step, id=watched.number, **found)
         self._write("time", step=self._step, **sample.split(seconds), macs=sample.macs)
 
@@ -336,7 +338,7 @@ class Recorder:
             self._between = None
 
     def _write(self, kind: str, **entries: Any) -> None:
-        self._lines.append({"kind": kind, **entries})
+        self._lines.append(json.dumps({"kind": kind, **entries}, allow_nan=False))
 
 
 def _number(value: float) -> float | None:

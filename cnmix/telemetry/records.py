@@ -183,7 +183,7 @@ class Training:
         operands: in the order in which training met them.
         times: the sampled steps.
         stretches: the steps in between.
-        curves: by name of the metric, the steps at which it was logged and its values.
+        curves: by name of the metric, the steps at which it was logged and its values, NaN and infinity among them.
         resumed: optimizer steps from which the training was resumed into the same file.
         unreadable: lines that could not be read, as a kill leaves one.
     """
@@ -210,13 +210,14 @@ class Training:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """First and last optimizer step that anything is known of."""
+        """The optimizer step that it began with, and the last one that anything is known of."""
         logged = [each.step for operand in self.operands for each in operand.decisions]
         logged += [each.step for operand in self.operands for each in operand.samples]
         logged += [each.step for each in self.times]
         logged += [step for each in self.stretches for step in (each.first, each.last)]
         logged += [step for points in self.curves.values() for step, _ in points]
-        return (min(logged), max(logged)) if logged else (0, 0)
+        first = int(self.header.get("first_step", 0))
+        return first, max([first, *logged])
 
     @property
     def seconds_per_step(self) -> float | None:

@@ -82,17 +82,17 @@ def write_report(
     """
     if output is None:
         output = runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html")
-    if output.suffix not in (".html", ".htm"):
+    if output.suffix not in (".html", ".htm") or output.is_dir():
         raise ValueError(f"{output} is no name for the report: give one that ends in .html")
     sections = read_sections(runs)
     for section in sections:
-        report(f"{section.label}: {len(section.figures)} figures")
+        report(f"{section.label}: {len(section.figures)} figure{'s' * (len(section.figures) != 1)}")
         for shown in section.figures:
             figure = shown.draw()
             shown.source = to_data_uri(figure)
             if png is not None:
                 with replacing(png / f"{section.label.replace('/', '_')}-{shown.name}.png") as file:
-                    save_png(figure, file)
+                    save_png(figure, file, f"{section.label}: {shown.title}")
     environment = Environment(
         loader=PackageLoader("cnmix", "telemetry"),
         autoescape=True,
@@ -260,7 +260,7 @@ def _panels(training: Training) -> list[Shown]:
                 "From left to right the sampled steps, from bottom to top the magnitudes of the values; beside it the "
                 "last sample. Zeros are counted, but have no place here. " + _first_of(sampled, training, "histograms"),
                 f"Magnitudes of {_names(sampled)}, against the largest value and half the step of their formats.",
-                lambda: panels.histograms_figure(sampled),
+                lambda: panels.histograms_figure(sampled, first, last),
                 [numbers.histograms_table(sampled)],
             )
         )
@@ -333,14 +333,14 @@ def _compare(trainings: list[Training], baselines: dict[str, Training]) -> Secti
         section.figures.append(
             Shown("curves", "Loss and metrics", caption, alternative, draw, [numbers.curves_table(curves)])
         )
-    widths = {"mean width of the operands, in bits": {each.label: views.mean_widths(each) for each in trainings}}
+    widths = {"Mean width of the operands, in bits": {each.label: views.mean_widths(each) for each in trainings}}
     section.figures.append(
         Shown(
             "widths",
             "Width of the operands",
-            "The plain mean over all operands.",
+            "The plain mean over all operands; the steps are on a logarithmic axis where a training is long enough.",
             f"Curves of the mean width of the operands of {names}.",
-            lambda: figures.curves_figure(widths),
+            lambda: figures.curves_figure(widths, held=True),
             [numbers.curves_table(widths)],
         )
     )
@@ -369,8 +369,13 @@ def _compare(trainings: list[Training], baselines: dict[str, Training]) -> Secti
             )
         )
     different = numbers.differences_table(trainings)
+    has: list[set[str]] = [{operand.name for operand in training.operands} for training in trainings]
+    shared = has[0].intersection(*has[1:])
+    apart = len(has[0].union(*has[1:]) - shared)
+    if apart:
+        section.findings.append(f"Not the same operands: {apart:,} of them are in some of the trainings only.")
     if different.rows:
         section.tables.append(different)
-    else:
-        section.findings.append("Every operand ends with the same width in all of them.")
+    elif shared:
+        section.findings.append("Every operand that they share ends with the same width in all of them.")
     return section

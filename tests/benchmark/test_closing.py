@@ -164,11 +164,24 @@ def test_copies(net, step) -> None:
     for seed in range(COUNT):
         step(model, optimizer, seed)
     closed = pickle.loads(pickle.dumps(model))
-    for seed in range(COUNT + 2):  # a copy counts its own iterations
+    for seed in range(COUNT + 2):  # a copy goes on counting
         for each in (fresh, closed):
             each(torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
-    assert set(updates(fresh).values()) == {1 + COUNT}
-    assert set(updates(closed).values()) == {COUNT}
+    assert set(updates(fresh).values()) == set(updates(closed).values()) == {COUNT}
+
+
+def test_initialize_without_the_variable_opens_it_again(net, step, monkeypatch) -> None:
+    model, optimizer = prepared(net())
+    for seed in range(COUNT + 2):
+        step(model, optimizer, seed)
+    prepared(model)  # as it is
+    step(model, optimizer)
+    assert set(updates(model).values()) == {COUNT}
+    monkeypatch.delenv("MLU_ADAPTIVE_STRATEGY_COUNT")
+    prepared(model)
+    for seed in range(COUNT + 2):
+        step(model, optimizer, seed)
+    assert set(updates(model).values()) == {2 * COUNT + 2}
 
 
 def test_without_the_variable_it_never_closes(net, step, monkeypatch) -> None:
@@ -183,7 +196,7 @@ def test_without_the_variable_it_never_closes(net, step, monkeypatch) -> None:
         assert set(updates(model).values()) == {COUNT + 3}
 
 
-@pytest.mark.parametrize("value", ["-1", "1.5", "many", "١"])
+@pytest.mark.parametrize("value", ["-1", "1.5", "many", "١", "9" * 5000])
 def test_a_bad_value_is_refused_before_anything_changes(value: str, net, monkeypatch) -> None:
     monkeypatch.setenv("MLU_ADAPTIVE_STRATEGY_COUNT", value)
     model = net()

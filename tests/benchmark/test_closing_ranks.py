@@ -22,8 +22,11 @@ def batch(seed):
     return torch.randn(8, 1, 6, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)
 
 
-def train(rank, settings, micro_batches, iterations):
-    """Trains; returns the updates after each step, the state, and the collectives of each step."""
+def train(rank, settings, micro_batches, iterations, opened=None):
+    """Trains; returns the updates after each step, the state, and the collectives of each step.
+
+    Before the iteration ``opened`` it initializes again, without the variable.
+    """
     os.environ["MLU_ADAPTIVE_STRATEGY_COUNT"] = str(COUNT)
     collectives, original = [], dist.all_reduce
 
@@ -42,6 +45,9 @@ def train(rank, settings, micro_batches, iterations):
         updates = []
         for iteration in range(iterations):
             collectives.append(0)
+            if iteration == opened:
+                os.environ["MLU_ADAPTIVE_STRATEGY_COUNT"] = ""
+                cnmix.initialize(model, optimizer, **settings)
             for part in reversed(range(micro_batches[rank])):
                 x, y = batch(100 * iteration + 10 * part + rank)
                 with wrapped.no_sync() if part else contextlib.nullcontext():
@@ -62,6 +68,13 @@ def test_after_the_count_nothing_is_measured_and_nothing_agreed_on(processes, se
     assert updates == other[0] == [{min(iteration, COUNT)} for iteration in range(1, 11)]
     assert state == other[1]
     assert collectives == other[2] == [1] * (COUNT + 1) + [0] * (9 - COUNT)  # in the last one all say that they closed
+
+
+def test_opened_again_they_agree_again(processes):
+    (updates, state, collectives), other = processes.run(train, {}, (1, 1), 10, 7)
+    assert updates == other[0] == [{min(iteration, COUNT)} for iteration in range(1, 8)] + [{5}, {6}, {7}]
+    assert state == other[1]
+    assert collectives[5:] == other[2][5:] == [0, 0, 1, 1, 1]
 
 
 def test_it_falls_between_two_updates(processes):

@@ -195,3 +195,15 @@ def test_mistakes_are_named(log, clock, monkeypatch):
     monkeypatch.setenv("MLU_ADAPTIVE_STRATEGY_COUNT", "some")
     with pytest.raises(ValueError, match=r"MLU_ADAPTIVE_STRATEGY_COUNT must be a whole number of iterations.*'some'"):
         MetricCollector()
+
+
+@pytest.mark.parametrize("name", ["BENCHMARK_LOG", "AVG_LOG"])
+def test_a_log_that_cannot_be_written_is_refused_before_the_run(name, tmp_path, clock, monkeypatch):
+    monkeypatch.setenv(name, str(tmp_path / "missing/log"))
+    with pytest.raises(ValueError, match=rf"{name}=.*missing/log cannot be written: there is no folder .*missing"):
+        MetricCollector()
+    MetricCollector(enable=False)
+    monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(ValueError, match=f"{name}=.* cannot be written: give a file"):
+        MetricCollector()
+    assert not list(tmp_path.iterdir())

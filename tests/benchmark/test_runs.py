@@ -29,6 +29,8 @@ def test_the_plan_of_the_variables(monkeypatch):
     monkeypatch.delenv("MLU_ADAPTIVE_STRATEGY_COUNT")
     assert make_plan() == Plan(1, 9)
     assert make_plan().total == 10
+    monkeypatch.setenv("MLU_ADAPTIVE_STRATEGY_COUNT", "0")
+    assert make_plan() == Plan(0, 10)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,8 @@ def test_the_plan_of_the_variables(monkeypatch):
     [
         ("ten", None, 50, "MLU_ADAPTIVE_STRATEGY_COUNT must be a whole number of iterations, 0 or more, got 'ten'"),
         (None, "-3", 50, "CATCH_MODEL_TOTAL_ITERS must be a whole number"),
+        (None, "1", 50, "^CATCH_MODEL_TOTAL_ITERS=1 leaves nothing to time: it needs at least 2"),
+        ("0", "0", 50, "^CATCH_MODEL_TOTAL_ITERS=0 leaves nothing to time"),
         (
             "60",
             "60",
@@ -162,6 +166,23 @@ def test_a_mistake_is_one_line(recipe, command, monkeypatch):
     assert errors.startswith("error: MLU_ADAPTIVE_STRATEGY_COUNT must be a whole number of iterations")
 
 
+def test_a_log_that_cannot_be_written_is_refused_before_the_run(recipe, steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("AVG_LOG", str(tmp_path / "missing/log"))
+    with pytest.raises(ValueError, match=r"AVG_LOG=.* cannot be written: there is no folder"):
+        run_benchmark(load_recipe(recipe), "small", Plan(1, 1), ["fp32"])
+    assert not steps.seen
+
+
+def test_a_count_of_0_closes_nothing(recipe, command, steps, no_estimates, monkeypatch):
+    monkeypatch.setenv("MLU_ADAPTIVE_STRATEGY_COUNT", "0")
+    steps.skipped = 0
+    code, output, _ = command("benchmark", recipe, "--levels", "O1", "--iterations", 4, "cnmix.online=true")
+    assert code == 0
+    assert output.startswith("4 iterations that are timed, in which operands adapt as ever; no evaluation")
+    assert [each["updates"] for each in steps.seen] == [{1}, {2}, {3}, {4}]
+    assert "0.5" in output
+
+
 def test_the_table_without_estimates(recipe, command, no_estimates):
     code, output, _ = command("benchmark", recipe, "--levels", "O1", "--iterations", 1)
     assert code == 0
@@ -229,6 +250,15 @@ def test_a_count_beyond_the_run_is_reported(recipe, command, monkeypatch):
     assert code == 0
     beyond = "MLU_ADAPTIVE_STRATEGY_COUNT=100 is beyond the 6 iterations of a run: the adaptive strategy does not close"
     assert output.startswith(beyond)
+
+
+def test_a_resumed_run_counts_what_is_left(recipe, command, monkeypatch):
+    assert command("train", recipe)[0] == 0
+    monkeypatch.setenv("MLU_ADAPTIVE_STRATEGY_COUNT", "3")
+    (last,) = recipe.parent.glob("runs/small/*/O1-seed0/last.ckpt")
+    code, output, errors = command("train", recipe, "epochs=3", "--resume", last)
+    assert code == 0, errors
+    assert output.startswith("MLU_ADAPTIVE_STRATEGY_COUNT=3 is beyond the 3 iterations of a run")
 
 
 def test_training_refuses_a_bad_value_before_a_folder_is_made(recipe, command, monkeypatch):

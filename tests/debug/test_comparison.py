@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -242,6 +243,96 @@ def test_mistakes_are_named():
     cnmix.inference.freeze(model.eval())
     with pytest.raises(ValueError, match="frozen for integer inference"):
         cnmix.debug.compare(model, x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (TypeError, torch.ones(()), "loss must be a function of the model's output, got Tensor"),
+        (TypeError, lambda output: 1.0, "loss must return a tensor to go backwards from, got float"),
+        (ValueError, lambda output: output, r"must return one number, got one of shape \(2, 8\): take its mean"),
+    ],
+)
+def test_wrong_losses_are_named_and_leave_the_model_alone(kind, wrong, message):
+    model, x = mlp(), random(2, 32)
+    cnmix.initialize(model, None, "O1")
+    own = [each for _, each in quantizer_sets(model)]
+    with pytest.raises(kind, match=message):
+        cnmix.debug.compare(model, x, loss=wrong)
+    assert [each for _, each in quantizer_sets(model)] == own
+    assert all(each.input.state.step == 0 for each in own)
+    assert all(each.grad is None for each in model.parameters())
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor | None
+    hidden: tuple[torch.Tensor, ...] = ()
+
+
+class Returns(nn.Module):
+    def __init__(self, returned):
+        super().__init__()
+        self.layer, self.returned = nn.Linear(16, 4), returned
+
+    def forward(self, x):
+        return self.returned(self.layer(x))
+
+
+def test_outputs_are_looked_into():
+    x, errors = random(3, 16), []
+    for returned in (lambda y: y, lambda y: {"logits": y}, Output, lambda y: Output(None, (y,))):
+        torch.manual_seed(0)
+        model = Returns(returned)
+        cnmix.initialize(model, None, "O1")
+        errors.append(cnmix.debug.compare(model, x).gradient)
+    assert errors == errors[:1] * 4
+    assert errors[0] > 0
+    model = Returns(lambda y: (each for each in y))
+    cnmix.initialize(model, None, "O1")
+    with pytest.raises(ValueError, match=r"Returns returned generator, which has no floating tensor: give loss=\.\.\."):
+        cnmix.debug.compare(model, x)
+    assert cnmix.debug.compare(model, x, loss=lambda output: sum(each.sum() for each in output)).gradient > 0
+
+
+def test_a_loss_with_parameters_is_as_it_was():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, output):
+            return self.norm(output).pow(4).mean()
+
+    model, x = made("mlp")
+    cnmix.initialize(model, None, "O1")
+    scaled = Scaled()
+    assert cnmix.debug.compare(model, x, loss=scaled).gradient > 0
+    assert scaled.norm.weight.grad is None
+    assert scaled.norm.num_batches_tracked == 0
+    assert torch.equal(scaled.norm.running_mean, torch.zeros(8))
+
+
+def test_parts_that_were_initialized_by_themselves_are_told_apart():
+    parts = [mlp(), mlp()]
+    with torch.no_grad():
+        parts[1][0].weight[1, 2] = 60.0
+    for each in parts:
+        cnmix.initialize(each, None, "O1", max_bitwidth=8)
+    model = nn.Sequential(parts[0], nn.Linear(8, 32), parts[1])
+    rows = cnmix.debug.compare(model, random(16, 32), loss=loss).rows
+    assert {row.name for row in rows} == {f"{part}.{layer}" for part in (0, 2) for layer in (0, 3, 6, 9, 12)}
+    assert all(row.module == row.name for row in rows)
+    assert rows[0].name == "2.0"
+
+
+def test_products_of_another_model_in_the_loss_are_not_compared():
+    (model, x), (teacher, _) = made("mlp"), made("mlp")
+    for each in (model, teacher):
+        cnmix.initialize(each, None, "O1", max_bitwidth=8)
+    compared = cnmix.debug.compare(model, x, loss=lambda output: F.mse_loss(output, teacher(x).detach() + 1))
+    assert len(compared.rows) == 5
+    assert compared.rows[0].operands.keys() == {"input", "weight", "grad_output"}
 
 
 def test_rounding_by_hand_is_that_of_the_kernels():

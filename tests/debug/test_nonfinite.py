@@ -184,3 +184,28 @@ def test_checkpointed_and_compiled_parts_are_looked_at(reentrant):
         cnmix.debug.detect_nonfinite(compiled),
     ):
         compiled(random(2, 4))
+
+
+def test_other_dtypes_are_looked_at():
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.fft.rfft(x) / 0
+
+    model = nn.Sequential(nn.Linear(4, 4), Spectrum())
+    model.register_buffer("table", torch.zeros(3).to(torch.float8_e4m3fn))
+    with cnmix.debug.detect_nonfinite(model, raises=False) as watch:
+        model(random(2, 4))
+    assert (watch.found.module, watch.found.operand) == ("1", "output")
+    model.table = torch.full((3,), math.nan).to(torch.float8_e4m3fn)
+    with cnmix.debug.detect_nonfinite(model, raises=False) as watch:
+        model(random(2, 4))
+    assert (watch.found.module, watch.found.operand, watch.found.value) == ("", "table", "NaN")
+
+
+def test_nothing_is_found_afterwards():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    cnmix.initialize(model, None, "O1")
+    with cnmix.debug.detect_nonfinite(model) as watch:
+        total = model(random(2, 4)).sum()
+    (total * math.nan).backward()  # of what was computed within
+    assert watch.found is None

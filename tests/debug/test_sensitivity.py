@@ -167,9 +167,24 @@ def test_mistakes_are_named():
     with pytest.raises(TypeError, match=r"write \['into'\]"):
         cnmix.debug.sensitivity(model, x, modules="into")
     report = cnmix.debug.sensitivity(model, x, modules=["into"])
-    for wrong in (0, -1.0, float("inf"), float("nan")):
+    for wrong in (0, -1.0, float("inf"), float("nan"), "1 %"):
         with pytest.raises(ValueError, match="error must be a positive number"):
             report.suggest(wrong)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    cnmix.initialize(layers, None, "O1")
+    with pytest.raises(ValueError, match="nothing in '1' computes in fixed point, as it does in '0', '2'"):
+        cnmix.debug.sensitivity(layers, random(2, 4), modules=["0", "1"])
+    report = cnmix.debug.sensitivity(layers, random(2, 4))
+    assert len(report.suggest().mappings) > 0
+    torch.optim.SGD(layers.parameters(), 0.1).step()
+    assert len(report.suggest().mappings) > 0
+    layers(random(2, 4)).sum().backward()
+    torch.optim.SGD(layers.parameters(), 0.1).step()
+    with pytest.raises(ValueError, match=r"trained since: call cnmix\.debug\.sensitivity again"):
+        report.suggest()
+    report = cnmix.debug.sensitivity(layers, random(2, 4) * float("nan"))
+    with pytest.raises(ValueError, match="infinite or NaN, and has no half"):
+        report.suggest()
 
 
 class Nested(nn.Module):

@@ -1,5 +1,6 @@
 """Every number that a figure shows is one that was logged."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -127,7 +128,7 @@ def test_errors_of_nothing_are_drawn(training, tmp_path):
 
 def test_histograms_and_ranges(training, lines):
     operands = training.operands[:3]
-    figure = panels.histograms_figure(operands)
+    figure = panels.histograms_figure(operands, *training.steps)
     for number, operand in enumerate(operands):
         axes, beside = figure.axes[2 * number : 2 * number + 2]
         samples = of(lines, "sample", operand, training)
@@ -192,6 +193,40 @@ def test_curves(training, folder):
     for axes, column in zip(figure.axes, (2, 3, 4), strict=True):
         expected = [(int(row[1]), float(row[column])) for row in rows if row[column]]
         assert [[tuple(point) for point in line.get_xydata()] for line in axes.lines] == [expected, expected]
+
+
+def test_curves_are_told_apart_without_colour():
+    points = [(step, 1.0 + step) for step in range(100)]
+    labels = [f"O{number}" for number in range(4)] + ["a, float32", "b, float32"]
+    lines = figures.curves_figure({"loss": dict.fromkeys(labels, points)}).axes[0].lines
+    assert len({(line.get_linestyle(), line.get_linewidth()) for line in lines}) == len(labels)
+    # A baseline of a single point is seen, and so is that a metric is nowhere finite.
+    axes = figures.curves_figure({"loss": {"O0, float32": [(9, 1.0)], "O1": [(9, math.nan)]}}).axes[0]
+    assert axes.lines[0].get_marker() not in ("", "None")
+    axes = figures.curves_figure({"loss": {"O1": [(9, math.nan)]}}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["NaN or infinity throughout"]
+    # Of values that hold, a line does not slope.
+    (line,) = figures.curves_figure({"bits": {"O1": points}}, held=True).axes[0].lines
+    assert line.get_drawstyle() == "steps-post"
+
+
+def test_axes_are_of_the_steps_that_there_were(training):
+    first, last = training.steps
+    for axes in panels.histograms_figure(training.operands[:2], first, last).axes[::2]:
+        assert axes.get_xlim() == (first, last + 1)
+        low, high = axes.get_ylim()
+        assert all(low < limit < high for line in axes.lines for limit in line.get_ydata())
+    assert figures.times_figure(training).axes[0].get_xlim()[0] > first - 5
+
+
+def test_widths_that_go_up_and_down(training):
+    operand = dataclasses.replace(training.operands[0])
+    each = operand.decisions[0]
+    operand.decisions = [
+        dataclasses.replace(each, step=step, bits=((8, 16), (16, 8))[step % 2]) for step in range(1000)
+    ]
+    assert numbers.write_widths(operand) == "int8 → int16 at 0 → int8 at 1 → int16 at 2 → 996 more → int8 at 999"
+    assert len(numbers.write_widths(operand, with_steps=False)) < 60
 
 
 def test_mean_widths(training, lines):
@@ -287,4 +322,7 @@ def test_tables_have_the_numbers(training, lines):
     assert [row[0] for row in numbers.macs_table(training).rows] == ["0", "25", "50", "75", "100", "125", "150"]
     assert numbers.write_share(0.1234) == "12.3 %"
     assert numbers.write_share(None) == "–"
-    assert numbers.write_difference(-0.0012) == "−0.0012"
+    assert numbers.write_share(300.0) == "30,000 %"
+    assert numbers.write_end(0.5, 0.5012) == "0.5 (−0.0012)"
+    assert [numbers.write_end(0.5, other) for other in (None, math.nan)] == ["0.5", "0.5"]
+    assert numbers.write_end(math.nan, 0.5) == "NaN"

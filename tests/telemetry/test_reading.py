@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from synthetic_run import write_training
@@ -121,7 +122,40 @@ def test_metrics(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "cnmix/fc/input/bits,epoch,loss,score,step\n8,0,1.5,,3\n,0,nan,0.5,7\n8,1,0.5,inf,9\n"
     )
-    assert read_training(tmp_path).curves == {"loss": [(3, 1.5), (9, 0.5)], "score": [(7, 0.5)]}
+    curves = read_training(tmp_path).curves
+    assert curves.keys() == {"loss", "score"}
+    assert str(curves["loss"]) == "[(3, 1.5), (7, nan), (9, 0.5)]"
+    assert curves["score"] == [(7, 0.5), (9, math.inf)]
+
+
+def test_metrics_of_a_resumed_training(tmp_path):
+    write(tmp_path, RUN)
+    (tmp_path / "metrics.csv").write_text("epoch,loss,step\n0,3,4\n1,2,9\n2,1,14\n1,2.5,9\n2,1.5,14\n")
+    assert read_training(tmp_path).curves == {"loss": [(4, 3.0), (9, 2.5), (14, 1.5)]}
+
+
+def test_metrics_of_a_loop_that_diverges(tmp_path):
+    write(tmp_path, RUN, {"kind": "metrics", "step": 0, "loss": 1.0}, {"kind": "metrics", "step": 50, "loss": None})
+    assert str(read_training(tmp_path).curves) == "{'loss': [(0, 1.0), (50, nan)]}"
+
+
+def test_names_can_be_drawn(tmp_path):
+    training = read_training(write(tmp_path, RUN, {**OPERAND, "module": "a\x00\x1b\n\ud800層 b"}))
+    assert training.operands[0].module == "a����層 b"
+
+
+def test_a_file_in_which_nothing_can_be_read(tmp_path):
+    write(tmp_path, end="a letter\nto you\n")
+    with pytest.raises(ValueError, match="not what cnmix writes: no line says of which training it is"):
+        read_training(tmp_path)
+
+
+def test_runs_of_baselines_alone(tmp_path):
+    for seed in (0, 1):
+        write_training(tmp_path / f"O0-seed{seed}", [], steps=40, seed=seed, level="O0")
+        trainings, baselines = find_trainings(tmp_path)
+        assert len(trainings) == seed + 1
+        assert not baselines
 
 
 def test_baselines_have_the_same_seed(tmp_path):
@@ -149,7 +183,7 @@ def test_a_baseline_needs_no_telemetry(tmp_path):
 def test_folders_without_telemetry(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         find_trainings(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match=r"has no telemetry\.jsonl of a training in fixed point"):
+    with pytest.raises(FileNotFoundError, match=r"has no telemetry\.jsonl of a training"):
         find_trainings(tmp_path)
 
 

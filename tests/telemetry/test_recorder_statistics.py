@@ -4,19 +4,17 @@ import pytest
 import torch
 
 from cnmix import kernels
-from cnmix.telemetry.statistics import SAMPLE_SIZE, StepSample, ValueSamples
+from cnmix.kernels import native
+from cnmix.telemetry.statistics import SAMPLE_SIZE, StepSample, measure_values
 
 
 def quantize(x, bits=8):
     return kernels.quantize_measured(x, bits, None)[0]
 
 
-def measured(*tensors, bits=8):
-    samples = ValueSamples()
-    for x in tensors:
-        quantized = quantize(x, bits)
-        samples.take(x, quantized, quantized.position)
-    return samples.measure()
+def measured(x, bits=8):
+    quantized = quantize(x, bits)
+    return measure_values(x, quantized, quantized.position)
 
 
 def plain_snr(x, bits):
@@ -31,14 +29,14 @@ def plain_snr(x, bits):
 def test_signal_to_noise_of_any_magnitude(bits, scale):
     x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * scale
     x[::2] *= 1e-4  # else 31 bits lose nothing
-    snr = measured(x, bits=bits)[0]["snr"]
+    snr = measured(x, bits)["snr"]
     assert snr == pytest.approx(plain_snr(x, bits), abs=1e-3)
 
 
 def test_signal_to_noise_of_a_sample():
     x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     x[:, ::64] = 0  # a distance that meets the same columns would see these alone, or none of them
-    (found,) = measured(x)
+    found = measured(x)
     snr, histogram = found["snr"], found["histogram"]
     assert found["underflow"] == pytest.approx(kernels.shares(x, quantize(x)).underflow, abs=0.02)
     assert snr == pytest.approx(plain_snr(x, 8), abs=0.3)
@@ -49,18 +47,17 @@ def test_signal_to_noise_of_a_sample():
 
 def test_nothing_lost_and_nothing_there():
     exact, zeros = torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3, 4)
-    first, second = measured(exact, zeros)
+    first, second = measured(exact), measured(zeros)
     histogram, empty = first["histogram"], second["histogram"]
     assert first["snr"] is second["snr"] is None
     assert first["underflow"] == second["underflow"] == 0
     assert histogram == {"first": -1, "counts": [1, 1, 1], "zeros": 0}
     assert empty == {"first": None, "counts": [], "zeros": 12}
-    assert ValueSamples().measure() == []
 
 
 def test_histogram_counts_exponents():
     x = torch.tensor([[1.0, 1.99, -2.0], [0.0, -0.0, 2.0**-126], [3e38, 0.26, 1e-40]])
-    histogram = measured(x, bits=16)[0]["histogram"]
+    histogram = measured(x, 16)["histogram"]
     counts = dict(enumerate(histogram["counts"], histogram["first"]))
     assert {exponent: count for exponent, count in counts.items() if count} == {-126: 1, -2: 1, 0: 2, 1: 1, 127: 1}
     assert histogram["zeros"] == 3  # with the subnormal
@@ -72,25 +69,34 @@ def test_layout_does_not_matter(order):
     x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     moved = x.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
     quantized = quantize(x)
-    samples = ValueSamples()
-    for a, b in ((moved, quantized), (x, quantize(moved)), (x[:, ::2], quantize(x[:, ::2]))):
-        samples.take(a, b, b.position)
-    a, b, part = samples.measure()
+    each = ((moved, quantized), (x, quantize(moved)), (x[:, ::2], quantize(x[:, ::2])))
+    a, b, part = (measure_values(a, b, b.position) for a, b in each)
     first, second, part = a["snr"], b["snr"], part["snr"]
     assert first == pytest.approx(second) == pytest.approx(plain_snr(x, 8))
     assert a["histogram"] == b["histogram"]
     assert part == pytest.approx(plain_snr(x[:, ::2], 8))
 
 
-def test_half_types_and_later_writes():
+def test_without_the_compiled_part(monkeypatch):
+    x = torch.randn(3, 7001, generator=torch.Generator().manual_seed(0)) * 0.005
+    x[0, ::5] = 0
+    x[1, 0] = 2.0
+    found = [measured(x, bits) for bits in (8, 16, 31)]
+    monkeypatch.setattr(native, "library", lambda: None)
+    for bits, each in zip((8, 16, 31), found, strict=True):
+        other = measured(x, bits)
+        assert other.pop("snr") == pytest.approx(each.pop("snr"), rel=1e-9, nan_ok=True)
+        assert other == each
+        assert each["underflow"] > 0.5 or bits > 8
+
+
+def test_expanded_tensors():
+    assert measured(torch.tensor(0.3).expand(50, 40))["histogram"] == {"first": -2, "counts": [2000], "zeros": 0}
+
+
+def test_half_types():
     x = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    quantized = quantize(x)
-    samples = ValueSamples()
-    samples.take(x, quantized, quantized.position)
-    expected = plain_snr(x, 8)
-    x.zero_()
-    quantized.values.zero_()
-    assert samples.measure()[0]["snr"] == pytest.approx(expected)
+    assert measured(x)["snr"] == pytest.approx(plain_snr(x, 8))
 
 
 def test_time_adds_up_without_what_looking_took():

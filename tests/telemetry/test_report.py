@@ -225,6 +225,31 @@ def test_findings(tmp_path):
     assert [each.name for each in section.figures] == FIGURES[1:]
 
 
+def test_a_training_that_diverged(tmp_path):
+    folder = write_training(tmp_path / "O1-seed0", ["fc", "frozen"], steps=60)
+    write_training(tmp_path / "O0-seed0", [], steps=60, level="O0")
+    lines = [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
+    lines = [{**line, "first_step": 5} if line["kind"] == "run" else line for line in lines]
+    idle = [line for line in lines if not (line["kind"] in ("decision", "sample") and line["id"] >= 3)]
+    (folder / "telemetry.jsonl").write_text("".join(json.dumps(line) + "\n" for line in idle))
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([*rows[:-1], "1,43,,,nan"]) + "\n")
+    (section,) = read_sections([folder])
+    said = "\n".join(section.findings)
+    assert "and train_loss NaN; in brackets the difference from float32." in said
+    assert "train_loss is NaN or infinite in 1 of 2 values, first at step 43." in said
+    assert "Never measured: 3 of 6 operands: frozen.input, frozen.weight and frozen.grad_output." in said
+    assert "It begins at step 5:" in said
+    assert reports.to_data_uri(section.figures[0].draw())
+
+
+def test_comparison_of_different_networks(tmp_path):
+    folders = [write_training(tmp_path / name, [name, "fc"], steps=5, curves=False) for name in ("one", "two")]
+    section = read_sections(folders)[0]
+    assert section.findings[0] == "Not the same operands: 6 of them are in some of the trainings only."
+    assert all(row[0].startswith("fc.") for table in section.tables[1:] for row in table.rows)
+
+
 def test_a_training_of_which_little_is_known(undrawn, tmp_path):
     folder = write_training(tmp_path / "O1-seed0", ["fc"], steps=60, curves=False)
     kept = [
@@ -245,7 +270,7 @@ def test_names_are_text(tmp_path, undrawn):
     assert not page.all("i")
     assert module in page.text
     for shown in read_sections([folder])[0].figures[1:2]:
-        reports.save_png(shown.draw(), tmp_path / "a.png")  # refuses what it takes for a formula and is none
+        reports.save_png(shown.draw(), tmp_path / "a.png", module)  # refuses what it takes for a formula and is none
 
 
 def test_large_models_make_bounded_pages(tmp_path):
@@ -281,7 +306,7 @@ def test_command(run, undrawn, tmp_path, command):
     ("arguments", "message"),
     [
         (["missing"], "missing is no folder"),
-        (["."], r"has no telemetry\.jsonl of a training in fixed point: cnmix train writes one"),
+        (["."], r"has no telemetry\.jsonl of a training: cnmix train writes one"),
         (["--output", "telemetry.jsonl", "."], r"telemetry\.jsonl is no name for the report"),
     ],
 )

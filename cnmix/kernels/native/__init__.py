@@ -21,14 +21,14 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from .structures import Combine, FloatBatch, FoundStatistics, Windows
+from .structures import Combine, FloatBatch, FoundLosses, FoundStatistics, Windows
 
 # Bytes from which a tensor's memory is kept for the next one: glibc gives such memory back to the system.
 _POOLED = 1 << 20
 _MOST_DIMENSIONS = 8  # of memory.cpp
 
 _ISA = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI", "AMX")
-_ABI = 12
+_ABI = 13
 _ROUNDING = {"nearest_even": 0, "half_up": 1, "half_away": 2, "stochastic": 3}
 
 
@@ -227,6 +227,17 @@ def quantize_batch(
     return {name: c.view(torch.float64) if name in ("absmax", "sum_x") else c for name, c in columns.items()}
 
 
+def losses(
+    native: ctypes.CDLL, x: Tensor, integers: Tensor, distance: int, inverse: float
+) -> tuple[float, int, list[int]]:
+    """Returns what ``quantization.losses`` does, of contiguous float32 and integers."""
+    found = FoundLosses()
+    native.cnmix_losses(
+        x.data_ptr(), integers.data_ptr(), integers.itemsize, x.numel(), distance, inverse, ctypes.byref(found)
+    )
+    return found.noise, found.underflown, list(found.exponents)
+
+
 def places(x: Tensor, batch_dims: int) -> Tensor:
     """Returns where each entry of (*batch, ...) begins, in elements from the first: int64, flat."""
     total = torch.zeros((), dtype=torch.int64)
@@ -339,6 +350,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
         "cnmix_quantize_batch": [
             *(pointer, pointer, whole, pointer, whole, ctypes.c_uint64, ctypes.c_uint64, whole, pointer),
         ],
+        "cnmix_losses": [pointer, pointer, whole, long, long, ctypes.c_double, pointer],
         "cnmix_transpose": [pointer, pointer, long, long, long, whole],
         "cnmix_gather": [pointer, pointer, pointer],
         "cnmix_dequantize": [pointer, long, long, single, pointer],

@@ -51,7 +51,7 @@ Isa active_isa = detect_isa();
 using namespace cnmix;
 
 // Changes whenever a function or a structure does, so that a library of another version is not called.
-CNMIX_API int cnmix_abi() { return 12; }
+CNMIX_API int cnmix_abi() { return 13; }
 
 // The instructions in use: 0 portable, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with AMX. A negative argument only asks; others lower it, for tests.
 CNMIX_API int cnmix_isa(int limit) {

@@ -334,3 +334,31 @@ CNMIX_API uint64_t cnmix_checksum(const uint32_t* bits, int64_t n) {
   for (uint64_t each : sums) total += each;
   return total;
 }
+
+// What is lost of some values of a tensor. Mirrored by FoundLosses in native/structures.py.
+struct CnmixLosses {
+  double noise;            // sum of the squares of the differences, in steps
+  int64_t underflown;      // values that are not zero, and whose integer is
+  int64_t exponents[256];  // how many values have each, as float32 stores them
+};
+
+template <typename Integer>
+void find_losses(const float* x, const Integer* integers, int64_t n, int64_t distance, double inverse, CnmixLosses* found) {
+  for (int64_t i = 0; i < n; i += distance) {
+    const double difference = x[i] * inverse - integers[i];
+    found->noise += difference * difference;
+    found->underflown += x[i] != 0 && integers[i] == 0;
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    ++found->exponents[bits >> 23 & 255];
+  }
+}
+
+// The losses of every value at this distance; the step of the integers is 1 / `inverse`.
+CNMIX_API void cnmix_losses(const float* x, const void* integers, int bytes, int64_t n, int64_t distance, double inverse,
+                            CnmixLosses* found) {
+  *found = {};
+  if (bytes == 1) find_losses(x, static_cast<const int8_t*>(integers), n, distance, inverse, found);
+  if (bytes == 2) find_losses(x, static_cast<const int16_t*>(integers), n, distance, inverse, found);
+  if (bytes == 4) find_losses(x, static_cast<const int32_t*>(integers), n, distance, inverse, found);
+}

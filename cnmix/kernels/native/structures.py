@@ -17,6 +17,12 @@ class FoundStatistics(ctypes.Structure):
     ]
 
 
+class FoundLosses(ctypes.Structure):
+    """What is lost of some values; see quantize.cpp."""
+
+    _fields_ = [("noise", ctypes.c_double), ("underflown", ctypes.c_int64), ("exponents", ctypes.c_int64 * 256)]
+
+
 class FloatBatch(ctypes.Structure):
     """A batch of float tensors as they lie in memory; see quantize.cpp."""
 
