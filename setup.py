@@ -38,7 +38,12 @@ class BuildWithRecipes(build_py):
         if not self.editable_mode:
             target = Path(self.build_lib, "cnmix", "recipes")
             shutil.rmtree(target, ignore_errors=True)  # what an earlier build has left
-            shutil.copytree("recipes", target, ignore=shutil.ignore_patterns("__pycache__"))
+            # The files of MANIFEST.in, and not what somebody's runs have left beside them.
+            for file in Path("recipes").rglob("*"):
+                if file.suffix in (".md", ".py", ".yaml"):
+                    copy = target / file.relative_to("recipes")
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
 
 
 native = "cnmix/kernels/native"

@@ -139,6 +139,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override has the form key=value, got {override!r}")
+        try:
+            OmegaConf.from_dotlist([override])
+        except yaml.YAMLError as error:
+            raise ValueError(f"the override {override!r} is no YAML: {' '.join(str(error).split())}") from error
     given = _read(file)
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
@@ -233,7 +237,7 @@ def _read(file: Path) -> Any:
         raise FileNotFoundError(f"there is no recipe {file}")
     try:
         return OmegaConf.load(file)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
 
 
@@ -264,6 +268,8 @@ def _explaining(where: str) -> Iterator[None]:
 def _check_values(recipe: DictConfig) -> None:
     if not recipe.seeds:
         raise ValueError("seeds must name at least one seed")
+    if len(set(recipe.seeds)) < len(recipe.seeds):
+        raise ValueError(f"seeds names a seed twice: {list(recipe.seeds)}")
     for seed in recipe.seeds:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seeds must lie in [0, 2**63), got {seed}")

@@ -21,7 +21,7 @@ class Shipped(NamedTuple):
         name: the name of its file without the suffix, or of its folder.
         file: its YAML file; for a recipe that is a folder, the script that trains it.
         description: one line, from the first comment of the file, or from the folder's README.
-        data: the files that it reads, as arguments of its data; "" where its data comes along.
+        data: the files that it reads, as arguments of its data or network; "" where its data comes along.
         tiny: whether it has tiny settings.
     """
 
@@ -85,11 +85,12 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         others = sorted(each for each in origin.parent.iterdir() if each.is_file() and each != origin)
         first = [origin, *others, *(each for file in [origin, *others] for each in _with_imports(file))]
     copies = {folder / file.relative_to(_folder()): file for file in first}
-    taken = [copy for copy, file in copies.items() if copy.exists() and copy.read_bytes() != file.read_bytes()]
+    there = {copy: file for copy, file in copies.items() if copy.exists()}
+    taken = [copy for copy, file in there.items() if copy.is_dir() or copy.read_bytes() != file.read_bytes()]
     if taken:
         raise FileExistsError(f"another file is there: {', '.join(map(str, taken))}; nothing was copied")
     for copy, file in copies.items():
-        if not copy.exists():
+        if copy not in there:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
     return list(copies)
@@ -107,7 +108,7 @@ def _folder() -> Path:
 def _describe(file: Path) -> Shipped:
     text = file.read_text(encoding="utf-8")
     recipe = yaml.safe_load(text)
-    arguments = recipe["data"].get("args", {}).items()
+    arguments = {**recipe["data"].get("args", {}), **recipe["model"].get("args", {})}.items()
     paths = [f"{key}={value}" for key, value in arguments if re.match(r"[^$]+/", str(value))]
     description = text.splitlines()[0].lstrip("# ").rstrip(":")
     return Shipped(file.stem, file, description, ", ".join(paths), bool(recipe.get("tiny")))

@@ -66,7 +66,8 @@ class Bert(nn.Module):
         Returns:
             Logits of begin and of end at each piece, float32, shape (N, T) each.
         """
-        answer = self.network(pieces, attention_mask=present, token_type_ids=part)
+        # In this shape transformers takes the mask as it is; what it makes of another one, no offline model can have.
+        answer = self.network(pieces, attention_mask=present[:, None, None, :].bool(), token_type_ids=part)
         return answer.start_logits, answer.end_logits
 
 
@@ -119,7 +120,7 @@ class Question:
         self.windows = windows
         self.spans = [(0, 0)] * len(windows)
         if self.answers:
-            start = entry["answers"][0]["answer_start"]
+            start = _place(self.answers[0], entry["answers"][0]["answer_start"], context)
             self.spans = [window.span(start, start + len(self.answers[0])) for window in windows]
 
     def answer(self, begins: Tensor, ends: Tensor, longest: int, unanswerable: bool) -> str:
@@ -145,6 +146,18 @@ class Question:
         return "" if unanswerable and float((begins[:, 0] + ends[:, 0]).min()) > best else text
 
 
+def _place(answer: str, start: int, context: str) -> int:
+    """Returns where an answer starts: where the file says, or at the nearest place where the text has it.
+
+    Raises:
+        ValueError: the text does not have it.
+    """
+    places = [each.start() for each in re.finditer(f"(?={re.escape(answer)})", context)]
+    if not places:
+        raise ValueError(f"the text does not have the answer {answer!r}")
+    return min(places, key=lambda place: abs(place - start))
+
+
 class Squad(Dataset[Question]):
     """Questions in SQuAD's form, one a sample.
 
@@ -161,16 +174,26 @@ class Squad(Dataset[Question]):
     """
 
     def __init__(self, data: Any, tokenizer: Any, length: int, stride: int, where: str) -> None:
-        tokenizer.enable_truncation(length, stride=stride, strategy="only_second")
         self.questions: list[Question] = []
         try:
             entries = [(entry, context) for context, entries in paragraphs(data) for entry in entries]
             for at in range(0, len(entries), CHUNK):
                 chunk = entries[at : at + CHUNK]
-                encoded = tokenizer.encode_batch([(entry["question"].strip(), context) for entry, context in chunk])
+                questions = [entry["question"].strip() for entry, _ in chunk]
+                tokenizer.no_truncation()
+                for asked in tokenizer.encode_batch(questions):  # what does not fit is no error there, but a panic
+                    if len(asked.ids) + 1 + stride >= length:  # one more mark, between it and the text
+                        raise ValueError(
+                            f"a question has {len(asked.ids) - 2} pieces, which with a stride of {stride} leave no "
+                            f"room for the text in windows of {length}: give a larger data.args.length"
+                        )
+                tokenizer.enable_truncation(length, stride=stride, strategy="only_second")
+                encoded = tokenizer.encode_batch(list(zip(questions, (context for _, context in chunk), strict=True)))
                 for (entry, context), first in zip(chunk, encoded, strict=True):
                     windows = [_window(each) for each in (first, *first.overflowing)]
                     self.questions.append(Question(entry, context, windows))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} does not have the form of SQuAD's files: {error!r}") from error
         if not self.questions:
@@ -288,7 +311,7 @@ def load(
 
 def _squad(file: str, tokenizer: Any, length: int, stride: int) -> Squad:
     try:
-        data = json.loads(Path(file).read_text(encoding="utf-8"))
+        data = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     return Squad(data, tokenizer, length, stride, file)

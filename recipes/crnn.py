@@ -4,6 +4,7 @@ Word images are read from an LMDB or from a folder, and never downloaded; ``draw
 """
 
 import io
+import logging
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,8 @@ ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 BLANK = 0  # of CTC; character i of the alphabet is class i + 1. Also what fills targets up behind a word
 HEIGHT = 32  # which the convolutions make one row of
 LABELS = "labels.txt"
+
+logger = logging.getLogger("cnmix")
 
 
 class CRNN(nn.Module):
@@ -110,8 +113,8 @@ class Source(Protocol):
     def word(self, index: int) -> str:
         """Returns a word."""
 
-    def image(self, index: int) -> bytes:
-        """Returns its image, as a file has it."""
+    def image(self, index: int) -> Path | io.BytesIO:
+        """Returns its image, a file."""
 
     def __len__(self) -> int:
         """Returns how many there are."""
@@ -145,11 +148,15 @@ class Lmdb:
 
     def word(self, index: int) -> str:
         """Returns a word."""
-        return self._read(f"label-{index + 1:09d}").decode()
+        key = f"label-{index + 1:09d}"
+        try:
+            return self._read(key).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.folder / 'data.mdb'}: {key} is not in UTF-8: {error}") from error
 
-    def image(self, index: int) -> bytes:
-        """Returns its image, as a file has it."""
-        return self._read(f"image-{index + 1:09d}")
+    def image(self, index: int) -> io.BytesIO:
+        """Returns its image, a file."""
+        return io.BytesIO(self._read(f"image-{index + 1:09d}"))
 
     def _read(self, key: str) -> bytes:
         value = self._reading.get(key.encode())
@@ -170,7 +177,11 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self._pairs: list[tuple[Path, str]] = []
-        for number, line in enumerate((folder / LABELS).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = (folder / LABELS).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / LABELS} is not in UTF-8: {error}") from error
+        for number, line in enumerate(lines, 1):
             parts = line.split(maxsplit=1)
             if len(parts) == 1:
                 raise ValueError(f"{folder / LABELS}, line {number}: needs an image's name and the word, got {line!r}")
@@ -185,9 +196,9 @@ class Folder:
         """Returns a word."""
         return self._pairs[index][1]
 
-    def image(self, index: int) -> bytes:
-        """Returns its image, as a file has it."""
-        return self._pairs[index][0].read_bytes()
+    def image(self, index: int) -> Path:
+        """Returns its image, a file."""
+        return self._pairs[index][0]
 
 
 class WordImages(Dataset[tuple[Tensor, Tensor]]):
@@ -197,7 +208,7 @@ class WordImages(Dataset[tuple[Tensor, Tensor]]):
         folder: with ``data.mdb``, an LMDB, or with ``labels.txt`` and images.
         width: of the images in pixels; their height is 32.
         longest: characters that a word may have.
-        alphabet: of the words; those with other characters, and longer ones, are left out.
+        alphabet: of the words; those with other characters, and longer ones, are left out, with a word of how many.
 
     Raises:
         FileNotFoundError: if the folder has neither of the two.
@@ -205,6 +216,7 @@ class WordImages(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, folder: Path, width: int, longest: int, alphabet: str) -> None:
+        self.folder = folder
         if (folder / "data.mdb").is_file():
             self.source: Source = Lmdb(folder)
         elif (folder / LABELS).is_file():
@@ -218,6 +230,11 @@ class WordImages(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(
                 f"{folder} has no word of 1 to {longest} of the characters {alphabet}, among {len(self.source)}"
             )
+        others = len(self.source) - len(self.indices)
+        if others:
+            logger.warning(
+                "%s: %d of %d words are left out, of other characters or longer", folder, others, len(self.source)
+            )
 
     def __len__(self) -> int:
         """Returns how many words there are, without those that were left out."""
@@ -228,10 +245,12 @@ class WordImages(Dataset[tuple[Tensor, Tensor]]):
         number = self.indices[index]
         word = self.source.word(number)
         try:
-            with Image.open(io.BytesIO(self.source.image(number))) as opened:
+            with Image.open(self.source.image(number)) as opened:
                 image = opened.convert("L")
-        except OSError as error:
-            raise ValueError(f"image {number + 1}, of the word {word!r}, cannot be read: {error}") from error
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{self.folder}: image {number + 1}, of the word {word!r}, cannot be read: {error}"
+            ) from error
         pixels = np.array(image.resize((self.width, HEIGHT), Image.Resampling.BILINEAR))
         return scale(torch.from_numpy(pixels)).unsqueeze(0), encode(word.lower(), self.longest, self.alphabet)
 
@@ -247,7 +266,11 @@ def encode(word: str, longest: int, alphabet: str = ALPHABET) -> Tensor:
 
 
 def load(
-    folder: str | os.PathLike[str], width: int = 100, longest: int = 25, alphabet: str = ALPHABET
+    folder: str | os.PathLike[str],
+    width: int = 100,
+    longest: int = 25,
+    alphabet: str = ALPHABET,
+    classes: int = len(ALPHABET) + 1,
 ) -> tuple[WordImages, WordImages]:
     """Reads word images for training and for the test.
 
@@ -255,12 +278,22 @@ def load(
         folder: has ``train`` and ``val``, each as ``WordImages`` takes it; ``~`` is the home folder.
         width: of the images in pixels.
         longest: characters that a word may have.
-        alphabet: of the words.
+        alphabet: of the words, small letters, each once.
+        classes: how many the network tells apart, one more than characters.
 
     Raises:
         FileNotFoundError: if images are missing; the message says where they belong.
-        ValueError: as ``WordImages`` does.
+        ValueError: as ``WordImages`` does; if the arguments do not fit each other.
     """
+    if not isinstance(alphabet, str) or alphabet != alphabet.lower() or len(set(alphabet)) < len(alphabet):
+        raise ValueError(f"alphabet must be a text of small letters and other characters, each once, got {alphabet!r}")
+    if len(alphabet) + 1 != classes:
+        raise ValueError(
+            f"the alphabet has {len(alphabet)} characters, and the network tells {classes} classes apart: give "
+            f"model.args.classes={len(alphabet) + 1}, the blank among them"
+        )
+    if not 1 <= longest <= width // 4 + 1:
+        raise ValueError(f"longest must lie in [1, {width // 4 + 1}], the steps of a width of {width}, got {longest}")
     root = Path(folder).expanduser().absolute()
     try:
         return (

@@ -228,7 +228,7 @@ def read_image(file: Path, side: int = SIDE, augment: bool = False) -> Tensor:
     """Reads an image as torchvision's references do, normalized.
 
     Args:
-        file: in a format that Pillow reads.
+        file: in a format that Pillow reads; a camera's mark of how to turn it counts nothing, as there.
         side: height and width of what is returned, in pixels.
         augment: as for training: a random part of the image, flipped as often as not, from torch's random state. Else
             the shorter side becomes 8/7 of ``side``, of which the centre is taken.
@@ -237,14 +237,16 @@ def read_image(file: Path, side: int = SIDE, augment: bool = False) -> Tensor:
         Float32, (3, side, side).
 
     Raises:
-        ValueError: if it is damaged, or no image.
+        ValueError: if it is damaged, no image, or has more than 8 bits in a pixel.
     """
     from PIL import Image
 
     try:
         with Image.open(file) as opened:
+            if opened.mode.startswith(("I", "F")):  # which Pillow cuts off at 255
+                raise ValueError(f"{file} has more than 8 bits in a pixel: convert it to 8")
             image = opened.convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is damaged, or no image: {error}") from error
     if augment:
         image = image.resize((side, side), Image.Resampling.BILINEAR, box=random_part(*image.size))
@@ -289,11 +291,15 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         augment: as ``read_image`` takes it.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no image in it.
+        FileNotFoundError: if there is no such folder, or no image in it or in that of a class.
     """
 
     def __init__(self, folder: Path, side: int, augment: bool) -> None:
         self.files = find_images(folder)
+        names = [each.name for each in folder.iterdir() if each.is_dir()]
+        empty = sorted(set(names) - {file.relative_to(folder).parts[0] for file, _ in self.files})
+        if empty:
+            raise FileNotFoundError(f"{folder} has no images of {', '.join(empty[:5])}")
         self.side = side
         self.augment = augment
 
@@ -316,7 +322,7 @@ def load(folder: str | os.PathLike[str], side: int = SIDE, classes: int = 1000) 
         classes: how many the network tells apart.
 
     Raises:
-        FileNotFoundError: if images are missing; the message says where they belong.
+        FileNotFoundError: if images are missing, of one class also; the message says where they belong.
         ValueError: if the folders have other classes than each other, or another number of them than ``classes``.
     """
     root = Path(folder).expanduser().absolute()

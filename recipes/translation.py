@@ -3,6 +3,7 @@
 Pieces of words (BPE) are learned from the training text by the package `tokenizers`; nothing is downloaded.
 """
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 
 PAD, UNKNOWN, BEGIN, END = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
+
+logger = logging.getLogger("cnmix")
 
 
 class Translator(nn.Module):
@@ -86,10 +89,16 @@ class Pairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         sources: sentences.
         targets: the translation of each.
         tokenizer: what cuts them into pieces.
-        longest: pairs with more pieces than this on a side are left out.
+        longest: pairs with more pieces than this on a side, or none, are left out, with a word of how many.
+        where: what messages call them.
+
+    Raises:
+        ValueError: no pair is left.
     """
 
-    def __init__(self, sources: Sequence[str], targets: Sequence[str], tokenizer: Any, longest: int) -> None:
+    def __init__(
+        self, sources: Sequence[str], targets: Sequence[str], tokenizer: Any, longest: int, where: str
+    ) -> None:
         self.tokenizer = tokenizer
         encoded = zip(*(tokenizer.encode_batch(list(each)) for each in (sources, targets)), strict=True)
         self.pairs = [
@@ -97,6 +106,13 @@ class Pairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
             for source, target in encoded
             if 0 < len(source.ids) <= longest and 0 < len(target.ids) <= longest
         ]
+        if not self.pairs:
+            raise ValueError(f"{where} has no pair of sentences of 1 to {longest} pieces on either side")
+        others = len(sources) - len(self.pairs)
+        if others:
+            logger.warning(
+                "%s: %d of %d pairs are left out, empty or over %d pieces", where, others, len(sources), longest
+            )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -168,12 +184,19 @@ def load(
             f"{folder} lacks {', '.join(missing)}: put parallel text there, a sentence a line, or give "
             "data.args.folder, data.args.source and data.args.target"
         )
-    texts = [file.read_text(encoding="utf-8").removesuffix("\n").split("\n") for file in files]
+    texts = [_sentences(file) for file in files]
     for at in (0, 2):
         if len(texts[at]) != len(texts[at + 1]):
             counts = f"{len(texts[at])} and {len(texts[at + 1])}"
             raise ValueError(f"{files[at]} and {files[at + 1]} must have as many lines, got {counts}")
-    return _data(texts, vocabulary, longest)
+    return _data(texts, vocabulary, longest, folder)
+
+
+def _sentences(file: Path) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not in UTF-8: {error}") from error
 
 
 def numbers(
@@ -203,25 +226,27 @@ def numbers(
     drawn = list(found)
     draw.shuffle(drawn)
     texts = [[write(n) for n in part] for part in (drawn[:train], drawn[train:]) for write in (english, german)]
-    return _data(texts, vocabulary, longest=100)
+    return _data(texts, vocabulary, 100, "what is made")
 
 
-def _data(texts: list[list[str]], vocabulary: int, longest: int) -> tuple[Pairs, Pairs]:
+def _data(texts: list[list[str]], vocabulary: int, longest: int, where: str) -> tuple[Pairs, Pairs]:
     """Returns training and test set of (training source and target, test source and target)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN]))
+    tokenizer.encode_special_tokens = True  # a "</s>" in the text is text
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator([*texts[0], *texts[1]], trainer)
     if tokenizer.get_vocab_size() > vocabulary:
-        raise ValueError(f"vocabulary must be at least {tokenizer.get_vocab_size()}, the text's characters alone")
-    sets = Pairs(texts[0], texts[1], tokenizer, longest), Pairs(texts[2], texts[3], tokenizer, longest)
-    if not all(map(len, sets)):
-        raise ValueError(f"no pair of sentences has 1 to {longest} pieces on either side")
-    return sets
+        raise ValueError(
+            f"vocabulary must be at least {tokenizer.get_vocab_size()} for the text's characters alone, got "
+            f"{vocabulary}: give model.args.vocabulary"
+        )
+    train = Pairs(texts[0], texts[1], tokenizer, longest, f"{where}, training")
+    return train, Pairs(texts[2], texts[3], tokenizer, longest, f"{where}, test")
 
 
 @torch.no_grad()

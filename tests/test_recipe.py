@@ -149,6 +149,8 @@ def test_interpolation(write):
         (["epochs=null"], "epochs"),
         (["seeds=[]"], "seeds must name at least one seed"),
         (["seeds=3"], "seeds"),
+        (["seeds=[1,0,1]"], r"seeds names a seed twice: \[1, 0, 1\]"),
+        (["model.args.channels=["], r"the override 'model.args.channels=\[' is no YAML"),
         (["seeds=[a]"], "seeds"),
         (["optimizer=SGD"], "optimizer"),
         (["model.args=[1]"], "model.args"),
@@ -198,6 +200,13 @@ def test_bad_names_of_what_is_built(write, build, override, message):
     recipe = load_recipe(write(MINIMAL), [override])
     with pytest.raises(ValueError, match=message):
         build(recipe) if build else build_optimizer(recipe, [nn.Parameter(torch.zeros(1))])
+
+
+def test_bytes_of_another_encoding(write):
+    path = write(MINIMAL)
+    path.write_bytes(b"output: \xfc")
+    with pytest.raises(ValueError, match=r"own\.yaml is no YAML: 'utf-8' codec"):
+        load_recipe(path)
 
 
 def test_missing_files(write, tmp_path):

@@ -24,6 +24,7 @@ def test_every_recipe_is_listed():
         assert "\n" not in recipe.description
     assert recipes["mnist"].data == "folder=data/mnist"
     assert recipes["digits"].data == ""
+    assert recipes["bert"].data.endswith("weights=data/bert-base-uncased")
     assert recipes["yolov3"].file == RECIPES / "yolov3" / "train.py"
 
 
@@ -91,6 +92,8 @@ def test_a_copy_takes_no_file_from_anyone(command):
     assert error.strip() == "error: another file is there: digits.py; nothing was copied"
     assert Path("digits.py").read_text() == "mine"
     assert not Path("digits.yaml").exists()
+    Path("bert.py").mkdir()
+    assert "another file is there: bert.py" in command("recipes", "copy", "bert")[2]
 
 
 def test_unknown_name(command):

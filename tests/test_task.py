@@ -175,3 +175,11 @@ def test_files_beside_a_recipe_are_its_own(recipe, tmp_path):
     (other / "own.py").write_text(OWN)
     assert len(load_data(load_recipe(tmp_path / "own.yaml", [f"module={other / 'own.py'}"]))[0]) == 41
     assert len(load_data(recipe("data.name=Pairs", "data.args.count=3"))) == 3
+
+
+def test_what_fails_in_another_process_is_one_line(recipe, command, tmp_path):
+    recipe()
+    failing = "    def __getitem__(self, index):\n        raise ValueError('x.jpg is damaged')\n"
+    (tmp_path / "beside.py").write_text(BESIDE.replace("    def __getitem__", f"{failing}\n    def unused"))
+    code, _, error = command("train", "own.yaml", "workers=1")
+    assert (code, error) == (2, "error: ValueError: x.jpg is damaged\n")

@@ -19,5 +19,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        reason = str(error)
+        if reason.startswith("Caught ") and "DataLoader worker" in reason.partition("\n")[0]:  # with its traceback
+            reason = reason.strip().rpartition("\n")[2]
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {reason}"), soft_wrap=True)
         sys.exit(2)

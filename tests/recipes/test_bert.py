@@ -6,7 +6,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from torch.nn import functional as F
 
-from cnmix import evaluation
+from cnmix import evaluation, inference
 from cnmix.recipe import load_recipe
 from cnmix.task import batches
 from cnmix.training import run_recipe
@@ -23,6 +23,9 @@ def squad(*questions, context=CONTEXT):
         given = [{"text": each, "answer_start": context.index(each)} for each in answers]
         entries.append({"id": str(number), "question": question, "answers": given})
     return {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": context, "qas": entries}]}]}
+
+
+LOST = {"id": "1", "question": "b", "answers": [{"text": "river", "answer_start": 0}]}
 
 
 @pytest.fixture
@@ -69,6 +72,15 @@ def test_batch(questions):
         assert present[row].tolist() == [1] * count + [0] * (len(pieces[row]) - count)
         assert part[row].tolist() == [0] * window.text + [1] * (count - window.text) + [0] * (len(pieces[row]) - count)
         assert tuple(spans[row].tolist()) == question.spans[0]
+
+
+def test_an_answer_that_is_not_where_the_file_says(bert, tokenizer):
+    data = squad(("where?", "Nantes"))
+    (answer,) = data["data"][0]["paragraphs"][0]["qas"][0]["answers"]
+    (right,) = bert.Squad(data, tokenizer, 40, 4, "here").questions
+    answer["answer_start"] -= 2
+    (found,) = bert.Squad(data, tokenizer, 40, 4, "here").questions
+    assert found.spans == right.spans != [(0, 0)]
 
 
 def test_a_long_text_has_several_windows(questions):
@@ -176,6 +188,8 @@ def test_files(bert, tmp_path):
         ([1], "does not have the form"),
         ({"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "1", "question": "b"}]}]}]}, "KeyError..answers"),
         ({"data": []}, "train.json has no question"),
+        (squad(("what " * 300,)), "train.json: a question has 300 pieces, which with a stride of 128 leave no room"),
+        ({"data": [{"paragraphs": [{"context": "a", "qas": [LOST]}]}]}, "the text does not have the answer 'river'"),
     ],
 )
 def test_files_of_another_form(bert, tmp_path, data, message):
@@ -214,7 +228,11 @@ def test_training_and_integers(tmp_path):
     (found,) = evaluation.evaluate_checkpoints(folder)
     assert found.float_loss == pytest.approx(result.test_loss, rel=0.05)
     assert found.integer_loss == pytest.approx(result.test_loss, rel=0.01)
-    saved, _, _ = evaluation.restore(folder / "O1-seed0" / "model.pt")
+    saved, _, model = evaluation.restore(folder / "O1-seed0" / "model.pt")
+    inputs = torch.randint(300, (1, 9)), torch.tensor([[1] * 7 + [0] * 2]), torch.zeros(1, 9, dtype=torch.int64)
+    integers = inference.load(model, saved)
+    fused = inference.fuse(integers, *inputs)
+    assert all(map(torch.equal, fused(*inputs), integers(*inputs)))
     names = set(saved["cnmix"]["models"][0]["modules"])
     assert {"network.qa_outputs", "network.bert.encoder.layer.0.attention.self.query"} <= names
 

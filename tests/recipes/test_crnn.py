@@ -126,10 +126,41 @@ class TestLoad:
 
     def test_no_word_left(self, crnn, folder):
         with pytest.raises(ValueError, match="has no word of 1 to 4 of the characters 9, among 6"):
-            crnn.load(folder, longest=4, alphabet="9")
+            crnn.load(folder, longest=4, alphabet="9", classes=2)
+
+    def test_words_that_are_left_out_are_counted(self, crnn, folder, caplog):
+        crnn.load(folder, longest=4)
+        assert f"{folder / 'val'}: 2 of 6 words are left out" in caplog.text
+        caplog.clear()
+        letters = "abcdefghijklmnopqrstuvwxyz4\u00ef"
+        assert len(crnn.load(folder, longest=7, alphabet=letters, classes=29)[0]) == 6
+        assert not caplog.text
 
 
 class TestMalformed:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"alphabet": "abc"}, "the alphabet has 3 characters, and the network tells 37 classes apart: give model"),
+            ({"alphabet": "Abc", "classes": 4}, "alphabet must be a text of small letters"),
+            ({"alphabet": "aba", "classes": 4}, "alphabet must be a text of small letters .* each once, got 'aba'"),
+            ({"alphabet": 123, "classes": 4}, "alphabet must be a text"),
+            ({"longest": 0}, r"longest must lie in \[1, 26\], the steps of a width of 100, got 0"),
+            ({"width": 40, "longest": 12}, r"longest must lie in \[1, 11\], the steps of a width of 40, got 12"),
+        ],
+    )
+    def test_arguments(self, crnn, tmp_path, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            crnn.load(tmp_path, **arguments)
+
+    def test_bytes_of_another_encoding(self, crnn, tmp_path):
+        (tmp_path / "labels.txt").write_bytes("a.png na\u00efve".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"labels\.txt is not in UTF-8"):
+            crnn.WordImages(tmp_path, 40, 4, "cat")
+        (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfa.png cat\r\n")
+        (tmp_path / "a.png").write_bytes(picture(1))
+        assert crnn.WordImages(tmp_path, 40, 4, "cat")[0][1].tolist() == [1, 2, 3, 0]
+
     def test_missing(self, crnn, tmp_path):
         fill_folder(tmp_path / "train")
         with pytest.raises(FileNotFoundError) as caught:
@@ -145,7 +176,7 @@ class TestMalformed:
     def test_no_image(self, crnn, tmp_path):
         (tmp_path / "labels.txt").write_text("a.png cat")
         (tmp_path / "a.png").write_bytes(b"no image")
-        with pytest.raises(ValueError, match="image 1, of the word 'cat', cannot be read"):
+        with pytest.raises(ValueError, match=r"image 1, of the word 'cat', cannot be read: .*a\.png"):
             crnn.WordImages(tmp_path, 40, 4, "cat")[0]
 
     def test_no_lmdb(self, crnn, tmp_path):
@@ -159,6 +190,7 @@ class TestMalformed:
             ({}, "is no LMDB of word images: .* has no num-samples"),
             ({b"num-samples": b"many"}, "is no LMDB of word images"),
             ({b"num-samples": b"1"}, "has no label-000000001"),
+            ({b"num-samples": b"1", b"label-000000001": b"\xfc"}, r"data\.mdb: label-000000001 is not in UTF-8"),
         ],
     )
     def test_an_lmdb_of_something_else(self, crnn, tmp_path, entries, message):

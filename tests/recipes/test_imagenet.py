@@ -145,6 +145,12 @@ class TestLoad:
         for part in (f"{folder / missing} has no images", str(folder), "train/<class>/x.jpg and val/<class>/x.jpg"):
             assert part in str(caught.value)
 
+    def test_a_class_without_images(self, imagenet, folder):
+        for part in ("train", "val"):
+            (folder / part / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"train has no images of empty\. Put the images into"):
+            imagenet.load(folder, classes=3)
+
     def test_missing_folder(self, imagenet, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"absent/train has no images.*data\.args\.folder="):
             imagenet.load(tmp_path / "absent")
@@ -162,3 +168,14 @@ class TestLoad:
         train, _ = imagenet.load(folder, side=32, classes=2)
         with pytest.raises(ValueError, match=r"0\.png is damaged, or no image"):
             train[0]
+
+    def test_too_many_bits(self, imagenet, tmp_path):
+        Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+        with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits in a pixel: convert it to 8"):
+            imagenet.read_image(tmp_path / "deep.png", 32)
+
+    def test_a_size_that_no_image_has(self, imagenet, tmp_path, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+        with pytest.raises(ValueError, match=r"large\.png is damaged, or no image: Image size \(1600 pixels\)"):
+            imagenet.read_image(tmp_path / "large.png", 32)

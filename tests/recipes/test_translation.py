@@ -159,11 +159,26 @@ def write_text(folder, train=("a b", "b c", "c d"), other=("x y", "y z", "z x"))
     return folder
 
 
-def test_parallel_files(translation, tmp_path):
+def test_parallel_files(translation, tmp_path, caplog):
     folder = write_text(tmp_path / "text", ("Ein Haus.", "Zwei  Häuser!", "", "z z " * 20), ("A house.", "", "b", "c"))
     train, test = translation.load(str(folder), vocabulary=40, longest=20)
     assert len(train) == len(test) == 1  # an empty line has no translation, and one is too long
     assert train.tokenizer.decode(train.pairs[0][0].tolist()) == "Ein Haus."
+    assert f"{folder}, test: 3 of 4 pairs are left out, empty or over 20 pieces" in caplog.text
+
+
+def test_what_files_may_have(translation, tmp_path):
+    folder = write_text(tmp_path)
+    plain, _ = translation.load(str(folder), vocabulary=20)
+    (folder / "train.en").write_bytes(b"\xef\xbb\xbfa b\r\n  b c \r\nc d")  # a mark of UTF-8, and Windows' lines
+    again, _ = translation.load(str(folder), vocabulary=20)
+    assert [source.tolist() for source, _ in again.pairs] == [source.tolist() for source, _ in plain.pairs]
+    (folder / "train.en").write_text("a </s>\n<pad>\nc\n")
+    marks, _ = translation.load(str(folder), vocabulary=40)
+    assert min(int(source.min()) for source, _ in marks.pairs) > translation.END
+    (folder / "test.de").write_bytes(b"\xfc\ny\nz\n")
+    with pytest.raises(ValueError, match=r"test\.de is not in UTF-8"):
+        translation.load(str(folder), vocabulary=20)
 
 
 def test_missing_and_unequal_files(translation, tmp_path):
@@ -186,7 +201,7 @@ def test_refused(translation, tmp_path):
         translation.numbers(900, 200, 3)
     with pytest.raises(ValueError, match=r"vocabulary must be at least \d+"):
         translation.load(str(write_text(tmp_path / "text")), vocabulary=5)
-    with pytest.raises(ValueError, match="no pair of sentences has 1 to 1 pieces"):
+    with pytest.raises(ValueError, match="text, training has no pair of sentences of 1 to 1 pieces"):
         translation.load(str(write_text(tmp_path / "text")), vocabulary=20, longest=1)
 
 
