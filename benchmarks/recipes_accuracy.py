@@ -56,11 +56,18 @@ def settings_of(name: str) -> list[str]:
 
 
 def fingerprint(name: str) -> str:
-    """Returns a short name for the settings of a recipe, so that rows of others are not taken for these."""
+    """Returns a short name for what a recipe is trained with, so that rows of other settings are not taken for these."""
     from omegaconf import OmegaConf
 
-    file = RECIPES / "yolov3" / "shapes.yaml" if name == "yolov3" else RECIPES / f"{name}.yaml"
-    settings = [OmegaConf.to_container(OmegaConf.load(file)), settings_of(name)]
+    from cnmix.recipe import load_recipe
+
+    settings: Any
+    if name == "yolov3":
+        settings = [OmegaConf.to_container(OmegaConf.load(RECIPES / "yolov3" / "shapes.yaml")), settings_of(name)]
+    else:
+        merged = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny=bool(settings_of(name))))
+        here = ("module", "output", "telemetry", "tiny")  # of this machine, or of no consequence
+        settings = {key: value for key, value in dict(merged).items() if key not in here}  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
