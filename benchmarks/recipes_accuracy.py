@@ -65,7 +65,7 @@ def fingerprint(name: str) -> str:
     if name == "yolov3":
         settings = [OmegaConf.to_container(OmegaConf.load(RECIPES / "yolov3" / "shapes.yaml")), settings_of(name)]
     else:
-        merged = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny=bool(settings_of(name))))
+        merged = OmegaConf.to_container(load_recipe(RECIPES / f"{name}.yaml", tiny="--tiny" in settings_of(name)))
         here = ("module", "output", "telemetry", "tiny")  # of this machine, or of no consequence
         settings = {key: value for key, value in dict(merged).items() if key not in here}  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
