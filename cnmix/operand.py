@@ -11,7 +11,7 @@ from typing import Any
 from .fixed_point import POSITION_MAX, POSITION_MIN, check_bits
 
 # Where the moving average of the position starts. Far from every real position, it keeps the interval at one step
-# until the average has forgotten it (some 170 steps); the public implementations of the algorithm agree on it.
+# until the average has forgotten it (some 125 steps); the public implementations of the algorithm agree on it.
 _INITIAL_MOVING_POSITION = 100.0
 
 

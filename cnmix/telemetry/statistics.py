@@ -69,9 +69,12 @@ def measure_values(x: Tensor, quantized: FixedPoint | FixedPointBatch, position:
     distance = max(1, math.ceil(size / SAMPLE_SIZE))
     while math.gcd(distance, size) > 1:  # else it might meet the same columns again and again
         distance += 1
-    # Else squares may be too small or too large for float32.
-    wide = x.to(torch.float32 if -60 < position < 30 else torch.float64)
-    signal = torch.dot(wide, wide).item() * inverse * inverse
+    # Squares may be too small for float32, or too large: also where the format no longer fits what it saturates.
+    wide = x.to(torch.float32 if position > -60 else torch.float64)
+    signal = torch.dot(wide, wide).item()
+    if not math.isfinite(signal):
+        signal = torch.dot(wide.double(), wide.double()).item()
+    signal *= inverse * inverse
     noise, underflown, (zeros, *counts) = losses(x.to(torch.float32), rounded, distance, inverse)
     taken = math.ceil(size / distance)
     noise *= size / taken

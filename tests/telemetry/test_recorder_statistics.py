@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -117,3 +118,13 @@ def test_shares_of_any_layout_and_limits():
     assert kernels.shares(x, quantized) == (7 / 14, 0.0)
     tiny = torch.tensor([0.2, 0.0, -0.3, 5.0])
     assert kernels.shares(tiny, kernels.quantize_measured(tiny, 8, 0)[0]) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("largest", [1e25, 3e38])
+def test_values_far_beyond_a_format_that_no_longer_fits_them(largest):
+    x = torch.full((64,), largest)
+    x[:32] = 1.0
+    found = measure_values(x, kernels.quantize_measured(x, 8, 0)[0], 0)
+    assert found["snr"] == pytest.approx(0, abs=1e-6)  # all that counts is lost
+    assert found["underflow"] == 0
+    json.dumps(found, allow_nan=False)
