@@ -51,6 +51,9 @@ def find_recipe(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    here = path.with_name(f"{path.name}.yaml")
+    if not path.suffix and here.is_file():  # a copy that was taken along comes first
+        return here
     if path.suffix or len(path.parts) != 1:
         raise FileNotFoundError(f"there is no recipe {path}")
     found = shipped_recipes().get(path.name)

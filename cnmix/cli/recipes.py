@@ -27,7 +27,7 @@ def list_recipes(context: typer.Context) -> None:
     for heading in ("what", "data", "--tiny"):
         table.add_column(heading, overflow="fold")
     for recipe in shipped_recipes().values():
-        data = escape(recipe.data) or "comes along"
+        data = escape(recipe.data) or ("comes along" if recipe.file.suffix == ".yaml" else "a script of its own")
         table.add_row(recipe.name, escape(recipe.description), data, "yes" if recipe.tiny else "–")
     console.print(table)
     print_lines("Train one: cnmix train NAME [--tiny]", "Take one along: cnmix recipes copy NAME [FOLDER]")

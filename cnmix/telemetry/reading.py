@@ -173,7 +173,7 @@ def _decision(line: dict[str, Any]) -> LoggedDecision:
 def _sample(line: dict[str, Any]) -> Sample:
     values = {name: line.get(name) for name in Sample.__dataclass_fields__ if name != "histogram"}
     found = line.get("histogram")
-    histogram = Histogram(found["first"], tuple(found["counts"]), found["zeros"]) if found else None
+    histogram = Histogram(found["first"] or 0, tuple(found["counts"]), found["zeros"]) if found else None
     return Sample(**values, histogram=histogram)  # type: ignore[arg-type]
 
 

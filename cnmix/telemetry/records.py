@@ -55,7 +55,7 @@ class Histogram:
     """How many of the sampled values have which exponent, floor(log2|x|).
 
     Attributes:
-        first: the exponent that ``counts`` starts with.
+        first: the exponent that ``counts`` starts with; 0 where all values are zeros.
         counts: values with this exponent and each one above.
         zeros: values that are zero.
     """

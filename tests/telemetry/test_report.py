@@ -7,9 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from synthetic_run import write_training
+from torch import nn
 
+import cnmix
 from cnmix.nn import quantizer_sets
 from cnmix.recipe import load_recipe
 from cnmix.telemetry import report as reports
@@ -315,3 +318,17 @@ def test_command_refuses(tmp_path, command, arguments, message):
     assert code == 2
     assert re.fullmatch(rf"error: .*{message}.*", error.strip())
     assert not list(tmp_path.iterdir())
+
+
+def test_operands_that_were_all_zeros(tmp_path, undrawn):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    cnmix.initialize(model, optimizer, steps_per_epoch=4)
+    with cnmix.telemetry.record(model, tmp_path / "zeros", every_n_steps=1) as recorder:
+        for scale in (1, 1, 0):
+            optimizer.zero_grad()
+            model(scale * torch.ones(4, 8)).square().mean().backward()
+            optimizer.step()
+            recorder.step()
+    page = Page(write_report([tmp_path / "zeros"]))
+    assert "0.input" in page.text
