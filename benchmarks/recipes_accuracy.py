@@ -56,7 +56,7 @@ def settings_of(name: str) -> list[str]:
 
 
 def fingerprint(name: str) -> str:
-    """Returns a short name for what a recipe is trained with, so that rows of other settings are not taken for these."""
+    """Returns a short name for what a recipe is trained with: rows of other settings are not taken for these."""
     from omegaconf import OmegaConf
 
     from cnmix.recipe import load_recipe
