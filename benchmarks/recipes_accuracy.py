@@ -90,7 +90,8 @@ def train(run: Run, threads: int, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given = [*settings_of(name), f"threads={threads}", f"output={folder}", f"cnmix.opt_level={level}"]
         if name == "yolov3":
-            command = [str(RECIPES / "yolov3" / "train.py"), *given, f"seed={seed}"]
+            plain = ["cnmix.rules=[]"] if level == BASELINE else []  # the baseline, which its rules are not for
+            command = [str(RECIPES / "yolov3" / "train.py"), *given, *plain, f"seed={seed}"]
         else:
             command = ["-m", "cnmix", "train", str(RECIPES / f"{name}.yaml"), *given, f"seeds=[{seed}]"]
         try:
