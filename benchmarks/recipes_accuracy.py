@@ -36,7 +36,7 @@ SCORES = {
 }
 
 # yolov3 has settings of its own: shapes.yaml, and less of them.
-YOLOV3 = ("model.width=0.125", "model.image_size=96", "data.train_images=800", "epochs=5", "evaluate_every=5")
+YOLOV3 = ("model.width=0.125", "model.image_size=96", "data.train_images=800", "epochs=20", "evaluate_every=20")
 
 Run = tuple[str, str, int]  # recipe, level and seed
 
