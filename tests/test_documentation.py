@@ -161,6 +161,8 @@ def reader(
         # What Lightning thinks of data as small as an example's.
         warnings.filterwarnings("ignore", message="The number of training batches|The .* does not have many workers")
         yield make
+    if torch.distributed.is_initialized():  # as an example of several processes left it
+        torch.distributed.destroy_process_group()
     if emulated:
         cnmix.torch_mlu.install(cards=0, strict=False, card_name="MLU370")
     for module in set(sys.modules) - modules:
