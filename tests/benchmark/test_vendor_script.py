@@ -1,10 +1,9 @@
 """A script of the model zoo's shape, as it is, under ``cnmix run``."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from scripts import run
 
 SCRIPT = """
 import argparse
@@ -59,16 +58,6 @@ metric_collector.dump()
 states = cnmix.state_dict()["models"][0]["modules"].values()
 print(sorted({operand["updates"] for state in states for operand in state["operands"].values()}))
 """
-
-
-def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cnmix", "run", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **env},
-    )
 
 
 def test_it_closes_the_strategy_and_logs_the_vendors_fields(tmp_path: Path) -> None:

@@ -2,24 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run
 
 from cnmix.torch_mlu.running import environment
-
-
-def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``cnmix run`` in a folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "cnmix", "run", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **env},
-    )
 
 
 @pytest.fixture
